@@ -1,0 +1,325 @@
+"""The evaluation: what a model can still do as its context grows.
+
+Perplexity hardly notices whether a model finds one line in 16,000 tokens, so the paper measures
+abilities instead (2410.02660, section 2): *recall* of key-value pairs and *in-context learning*, at many
+lengths, and where in the text the answer stood. A task makes a context and several questions about it:
+
+    context                                          questions        answers
+    <begin> import os ~QX7KA def main(): ~CPLM3 ...  ?Q               X7KA        depth 0.2
+                                                     ?C               PLM3        depth 0.7
+
+The context is read once; each question continues from the same KV cache. An answer counts when greedy
+decoding gives exactly it. We need not decode: if at every position of the true answer the true token is
+the likeliest one, greedy decoding would have written it (`--decode` does it anyway; a test compares).
+
+Every score comes with the number of questions, a 95% Wilson interval and what guessing would score.
+Contexts are real code from packages that training never sees.
+
+    python eval.py --model runs/tiny/checkpoints/ultra-70 --tasks recall,icl --lengths 1k,4k
+
+Sources: sections 2.1-2.3, A.1, Table 13; HELMET (2410.02694) for recall by JSON pairs, class-balanced
+examples and numbers as labels; Wilson (1927) for the interval.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+from data import Tokenizer, format_length, load_tokenizer, option, parse_length
+from model import KVCache, Transformer, decode, generate, load_pretrained
+
+# --- 1. Tasks -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Question:
+    """What follows the context, the tokens wanted then, and where in the context they stood (0 to 1)."""
+
+    prompt_ids: np.ndarray
+    answer_ids: np.ndarray
+    depth: float | None = None
+
+
+@dataclass(frozen=True)
+class Example:
+    """A context and independent questions about it. Context, prompt and answer together are `length`."""
+
+    context_ids: np.ndarray
+    questions: tuple[Question, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A way to make examples of a given length, and the score of pure guessing."""
+
+    examples: Callable[[Tokenizer, int, int, int], list[Example]]  # (tokenizer, length, n, seed)
+    chance: float
+    default_length: int | None = None  # a task of one length only
+
+
+QUESTIONS_PER_CONTEXT = 16  # reading a long context costs far more than asking about it
+
+
+def recall_examples(tokenizer: Tokenizer, length: int, n: int, seed: int) -> list[Example]:
+    """16 pairs scattered in held-out code, and a question about each: all depths in equal numbers."""
+    return _recall(tokenizer, length, n, seed, bare=False)
+
+
+def bare_recall_examples(tokenizer: Tokenizer, length: int, n: int, seed: int) -> list[Example]:
+    """16 pairs with nothing but blanks between them: the ability itself, without the haystack."""
+    return _recall(tokenizer, length, n, seed, bare=True)
+
+
+def _recall(tokenizer: Tokenizer, length: int, n: int, seed: int, bare: bool) -> list[Example]:
+    n_pairs = QUESTIONS_PER_CONTEXT
+    rng = np.random.default_rng((seed, length, n, bare))
+    contexts = -(-n // QUESTIONS_PER_CONTEXT)
+    room = length - 1 - (n_pairs + 1) * data.PAIR_LEN  # begin of text, the pairs, one question
+    if room < 0:
+        raise ValueError(f"recall of {n_pairs} pairs needs {length - room} tokens, got {length}")
+    if bare:
+        haystack = np.full((contexts, room), data.BLANK, np.uint32)
+    else:
+        haystack = data.haystack_windows(tokenizer, rng, contexts, room, seed, held_out=True)
+    pairs = data.recall_pairs(rng, contexts, n_pairs)
+    rows, starts = data.scatter_pairs(rng, pairs, haystack)
+    examples = []
+    for row, row_pairs, row_starts in zip(rows, pairs, starts, strict=True):
+        questions = tuple(Question(np.array([data.QUESTION, pair[0]]), pair[1:], float(start / len(row)))
+                          for pair, start in zip(row_pairs, row_starts, strict=True))
+        examples.append(Example(np.concatenate(([tokenizer.bos_id], row)), questions))
+    return examples
+
+
+def icl_examples(tokenizer: Tokenizer, length: int, n: int, seed: int) -> list[Example]:
+    """As many labelled lines as fit; the questions are new lines, whose labels follow from the others."""
+    rng = np.random.default_rng((seed, length, n))
+    contexts = -(-n // QUESTIONS_PER_CONTEXT)
+    n_lines = (length - 1) // data.ICL_LINE - 1
+    lines = data.icl_lines(rng, contexts, n_lines + QUESTIONS_PER_CONTEXT)
+    examples = []
+    for row in lines:
+        context = np.concatenate(([tokenizer.bos_id], row[:n_lines].reshape(-1)))
+        examples.append(Example(context, tuple(Question(line[:4], line[4:5]) for line in row[n_lines:])))
+    return examples
+
+
+TASKS: dict[str, Task] = {
+    "recall_bare": Task(bare_recall_examples, len(data.SYMBOLS) ** -data.VALUE_LEN, default_length=160),
+    "recall": Task(recall_examples, len(data.SYMBOLS) ** -data.VALUE_LEN),
+    "icl": Task(icl_examples, 1 / len(data.TOPICS)),
+}
+
+
+# --- 2. Scoring -------------------------------------------------------------------------------------------
+
+
+def answer_questions(model: Transformer, example: Example, greedy_decode: bool = False) -> list[bool]:
+    """Which questions the model answers exactly, by teacher forcing or by writing the answer itself."""
+    device = model.embed_tokens.weight.device
+    if greedy_decode:
+        return [generate(model, [*example.context_ids.tolist(), *q.prompt_ids.tolist()], len(q.answer_ids))
+                == q.answer_ids.tolist() for q in example.questions]
+    cache = KVCache()
+    with torch.no_grad():
+        decode(model, torch.from_numpy(example.context_ids.astype(np.int64)).to(device)[None], cache)
+        tails = np.stack([np.concatenate((q.prompt_ids, q.answer_ids)) for q in example.questions])
+        tokens = torch.from_numpy(tails.astype(np.int64)).to(device)  # (B, prompt + answer)
+        logits = decode(model, tokens[:, :-1], cache.repeat(len(tokens)))
+    answers = tokens[:, len(example.questions[0].prompt_ids):]  # (B, answer)
+    guesses = logits[:, -answers.shape[1]:].argmax(dim=-1)
+    return (guesses == answers).all(dim=1).tolist()
+
+
+def wilson_interval(correct: int, n: int) -> tuple[float, float]:
+    """95% interval for a proportion; unlike the normal one it stays inside 0..1 and works at the ends."""
+    z, p = 1.96, correct / n
+    center = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def run_task(model: Transformer, tokenizer: Tokenizer, task: str, length: int, n: int, seed: int = 0,
+             greedy_decode: bool = False, progress: Callable[[int], Any] = lambda n: None) -> dict[str, Any]:
+    """Score one task at one length over at least `n` questions: a row of the results."""
+    if task not in TASKS:
+        raise ValueError(f"task {task!r} is unknown; choose from {', '.join(TASKS)}")
+    outcomes: list[tuple[bool, float | None]] = []
+    for example in TASKS[task].examples(tokenizer, length, n, seed):
+        right = answer_questions(model, example, greedy_decode)
+        outcomes += [(r, q.depth) for r, q in zip(right, example.questions, strict=True)]
+        progress(len(example.context_ids))
+    correct = sum(right for right, _ in outcomes)
+    low, high = wilson_interval(correct, len(outcomes))
+    return {"task": task, "length": length, "score": correct / len(outcomes), "n": len(outcomes),
+            "low": low, "high": high, "chance": TASKS[task].chance,
+            "by_depth": _by_depth(outcomes)}
+
+
+def _by_depth(outcomes: Sequence[tuple[bool, float | None]], bins: int = 5) -> list[float | None]:
+    """Score of the questions whose answer stood in the first fifth of the context, the second, ..."""
+    scores: list[float | None] = []
+    for i in range(bins):
+        part = [r for r, depth in outcomes if depth is not None and min(int(depth * bins), bins - 1) == i]
+        scores.append(sum(part) / len(part) if part else None)
+    return scores
+
+
+@torch.no_grad()
+def bits_per_byte(model: Transformer, tokenizer: Tokenizer, length: int, n: int,
+                  seed: int = 0) -> list[dict[str, Any]]:
+    """Bits per byte of held-out code by position: how well a token is foreseen after so much context.
+
+    `n` documents of `length` tokens; buckets 0-256, 256-512, 512-1024, ... Source: Figure 1, whose point is
+    that this number improves while abilities may not.
+    """
+    documents = data.pack_long(data.code_repos(tokenizer, seed, held_out=True), length)
+    device = model.embed_tokens.weight.device
+    edges = [0, *(e for e in (2**i for i in range(8, 31)) if e < length), length]
+    bits, sizes = np.zeros(len(edges) - 1), np.zeros(len(edges) - 1)
+    for _, sequence in zip(range(n), documents, strict=False):
+        ids = torch.from_numpy(sequence.input_ids.astype(np.int64)).to(device)
+        logits = decode(model, ids[None], KVCache())[0]  # (length, V)
+        nats = F.cross_entropy(logits[:-1].float(), ids[1:], reduction="none").cpu().numpy()
+        for b, (begin, end) in enumerate(zip(edges, edges[1:], strict=False)):
+            part = slice(max(begin, 1), end)  # the first token is nobody's target
+            bits[b] += nats[part.start - 1:part.stop - 1].sum() / math.log(2)
+            sizes[b] += len(tokenizer.decode(sequence.input_ids[part]).encode(errors="replace"))
+    return [{"from": begin, "to": end, "bits_per_byte": float(bit / size), "bytes": int(size)}
+            for begin, end, bit, size in zip(edges, edges[1:], bits, sizes, strict=False)]
+
+
+# --- 3. A whole evaluation: every task at every length ------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    model: str = option("", "folder of the model to evaluate")
+    tasks: str = option("recall_bare,recall,icl", "tasks, with commas")
+    lengths: str = option("256,512,1k,2k,4k,8k,16k", "context lengths in tokens, with commas")
+    samples: int = option(200, "questions per task and length", parse_length)
+    bpb_length: int = option(2048, "context of bits per byte by position", parse_length)
+    decode: bool = option(False, "write every answer greedily instead of teacher forcing")
+    tokenizer: str = option("bytes", "tokenizer")
+    out: str = option("", "folder for results and figures (default: beside the model)")
+    seed: int = option(0, "seed of the questions", int)
+
+
+def evaluate(model: Transformer, config: EvalConfig, name: str) -> dict[str, Any]:
+    """Run all tasks at all lengths, with a progress bar. Returns what eval/<name>.json holds."""
+    tokenizer = load_tokenizer(config.tokenizer)
+    lengths = [parse_length(text) for text in config.lengths.split(",")]
+    jobs = []
+    for task in config.tasks.split(","):
+        if task not in TASKS:
+            raise ValueError(f"task {task!r} is unknown; choose from {', '.join(TASKS)}")
+        fixed = TASKS[task].default_length
+        jobs += [(task, length) for length in ([fixed] if fixed else lengths)]
+    contexts = -(-config.samples // QUESTIONS_PER_CONTEXT)
+    model.eval()
+    with tqdm(total=sum(length * contexts for _, length in jobs), unit="tok", unit_scale=True,
+              desc=f"evaluate {name}", leave=False, disable=None) as bar:
+        results = [run_task(model, tokenizer, task, length, config.samples, config.seed, config.decode,
+                            bar.update) for task, length in jobs]
+        bpb = bits_per_byte(model, tokenizer, config.bpb_length, 16, config.seed)
+    return {"model": name, "settings": asdict(config), "results": results, "bits_per_byte": bpb}
+
+
+def format_table(evaluations: Sequence[dict[str, Any]]) -> str:
+    """Score by task and length, one column a model, each with its interval."""
+    names = [e["model"] for e in evaluations]
+    lines = [f"{'task':<12} {'length':>7} {'n':>4} {'chance':>7}" + "".join(f"{n:>22}" for n in names)]
+    for rows in zip(*(e["results"] for e in evaluations), strict=True):
+        row = rows[0]
+        cells = "".join(f"{r['score']:>9.3f} [{r['low']:.2f}, {r['high']:.2f}]" for r in rows)
+        lines.append(f"{row['task']:<12} {format_length(row['length']):>7} {row['n']:>4} "
+                     f"{row['chance']:>7.2g}{cells}")
+    for rows in zip(*(e["bits_per_byte"] for e in evaluations), strict=True):
+        span = f"{format_length(rows[0]['from']) if rows[0]['from'] else '0'}-{format_length(rows[0]['to'])}"
+        cells = "".join(f"{r['bits_per_byte']:>9.3f}{'':13}" for r in rows)
+        lines.append(f"{'bits/byte':<12} {span:>7} {'':>12}{cells}")
+    return "\n".join(lines)
+
+
+# --- 4. Pictures ------------------------------------------------------------------------------------------
+
+
+def draw_recall(evaluations: Sequence[dict[str, Any]], path: Path) -> bool:
+    """Draw recall by length, one line a model with its interval, and by length and depth below.
+
+    Returns False where matplotlib (the `plots` extra) is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [[r for r in e["results"] if r["task"] == "recall"] for e in evaluations]
+    labels = [format_length(r["length"]) for r in rows[0]]
+    figure = pyplot.figure(figsize=(3.2 * max(len(rows), 2), 6.2), layout="constrained")
+    grid = figure.add_gridspec(2, len(rows), height_ratios=(3, 2))
+    curve = figure.add_subplot(grid[0, :])
+    for i, (e, row) in enumerate(zip(evaluations, rows, strict=True)):
+        scores = [r["score"] for r in row]
+        error = [[max(0, r["score"] - r["low"]) for r in row], [max(0, r["high"] - r["score"]) for r in row]]
+        curve.errorbar(range(len(row)), scores, error, marker="o", capsize=3, label=e["model"], color=f"C{i}")
+    curve.set(xticks=range(len(labels)), xticklabels=labels, xlabel="context length (tokens)",
+              ylabel="recall (exact match)", ylim=(-0.03, 1.03),
+              title=f"Recall of 16 pairs in held-out code, n = {rows[0][0]['n']} each, 95% intervals")
+    curve.grid(alpha=0.3)
+    curve.legend(title="after stage")
+    for i, (e, row) in enumerate(zip(evaluations, rows, strict=True)):
+        heat = figure.add_subplot(grid[1, i])
+        scores = np.array([[np.nan if s is None else s for s in r["by_depth"]] for r in row]).T
+        image = heat.imshow(scores, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        heat.set(title=e["model"], xticks=range(len(labels)), xticklabels=labels,
+                 yticks=range(5), yticklabels=["0-20%", "-40%", "-60%", "-80%", "-100%"])
+        heat.tick_params(labelsize=7)
+        if i == 0:
+            heat.set_ylabel("depth of the answer")
+    figure.colorbar(image, ax=figure.axes[1:], label="recall", fraction=0.02)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return True
+
+
+def save_evaluation(evaluation: dict[str, Any], folder: Path) -> None:
+    """Write eval/<model>.json, whole or not at all."""
+    path = folder / f"{evaluation['model']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".writing")
+    temporary.write_text(json.dumps(evaluation, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def main() -> None:
+    config = data.parse_cli(EvalConfig, __doc__)
+    if not config.model:
+        raise ValueError("--model is missing; name the folder of a model, as in runs/tiny/checkpoints/long-900")
+    folder = Path(config.model)
+    model = load_pretrained(folder)
+    evaluation = evaluate(model, config, folder.name)
+    out = Path(config.out or folder / "eval")
+    save_evaluation(evaluation, out)
+    print(format_table([evaluation]))
+    if any(r["task"] == "recall" for r in evaluation["results"]):
+        drawn = draw_recall([evaluation], out / f"{folder.name}.png")
+        print(f"results in {out}" + ("" if drawn else "; no picture: install the `plots` extra"))
+
+
+if __name__ == "__main__":
+    data.run_main(main)

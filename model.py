@@ -1,0 +1,906 @@
+"""The model: a Llama whose attention stops at document boundaries and can be shared by many ranks.
+
+Long-context training feeds a model *packed* sequences: many documents laid end to end, or one that
+fills everything. Nothing may leak from one document into the next, so three things follow from one
+host-side tuple, `doc_lens`, and from nothing else (never from EOS tokens):
+
+    doc_lens   = (3, 1, 4)                      S = 8 tokens, N = 3 documents
+    tokens       a b c | d | e f g h
+    positions    0 1 2 | 0 | 0 1 2 3            RoPE restarts with every document
+    cu_seqlens   0       3   4         8        where documents begin, and the end
+
+    who may look at whom (row looks at column)
+        a b c d e f g h
+      a x . . . . . . .
+      b x x . . . . . .                         block-diagonal and causal. The reference draws this
+      c x x x . . . . .                         mask; the fast backends never build it, because at
+      d . . . x . . . .                         512K tokens it would have 275 billion entries.
+      e . . . . x . . .
+      f . . . . x x . .
+      g . . . . x x x .
+      h . . . . x x x x
+
+Everything else in a Llama works on single tokens, so the model is *batch-free*: tensors are
+(T, ...), T tokens of documents laid end to end, and only attention asks who belongs to whom. That
+is also why one function, `ulysses_attention`, is enough to share a sequence among P ranks, and one
+small class, `KVCache`, is enough to generate text.
+
+Shapes: S tokens of the whole sequence, P seq_parallel_size, T = S/P tokens of this rank,
+H query heads, H_kv key/value heads, D head dim, C model dim, V vocabulary, N documents, B batch.
+
+Sources: ProLong (arXiv 2410.02660) section 6.1, B.1, B.2, A.3; RoPE (2104.09864); YaRN (2309.00071);
+DeepSpeed-Ulysses (2309.14509); Hugging Face's folder layout for weights. Unlike ProLong's code,
+positions restart at every document and KV heads are not expanded before they are exchanged.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.utils.checkpoint import checkpoint
+
+IGNORE_INDEX = -100  # a label that is not trained on; the value PyTorch's cross_entropy skips
+
+# --- 1. Configuration -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a Llama, in Llama's own names. `rope_scaling` is Hugging Face's entry, as is."""
+
+    vocab_size: int
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    ffn_dim: int
+    max_seq_len: int
+    rope_theta: float = 10_000.0
+    rope_scaling: dict[str, Any] | None = None
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim",
+                     "ffn_dim", "max_seq_len"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a positive integer")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads={self.n_heads} is not divisible by n_kv_heads="
+                             f"{self.n_kv_heads}; query heads share KV heads in equal groups")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} is odd; RoPE rotates pairs, make it even")
+        rope_frequencies(self)  # an unknown kind of scaling is refused now, not at the first step
+
+
+# Llama-3's scaling for its 3.1 and 3.2 models, from their released config.json.
+_LLAMA32_ROPE = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0,
+                 "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+# vocab_size 0 means: the tokenizer's. Shapes are those of the released checkpoints.
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": dict(vocab_size=0, dim=64, n_layers=2, n_heads=8, n_kv_heads=4, head_dim=16,
+                 ffn_dim=192, max_seq_len=256, tie_embeddings=True),
+    "smollm2-135m": dict(vocab_size=49_152, dim=576, n_layers=30, n_heads=9, n_kv_heads=3,
+                         head_dim=64, ffn_dim=1536, max_seq_len=8192, rope_theta=1e5,
+                         tie_embeddings=True),
+    "llama3.2-1b": dict(vocab_size=128_256, dim=2048, n_layers=16, n_heads=32, n_kv_heads=8,
+                        head_dim=64, ffn_dim=8192, max_seq_len=131_072, rope_theta=5e5,
+                        rope_scaling=_LLAMA32_ROPE, tie_embeddings=True),
+    "llama3.2-3b": dict(vocab_size=128_256, dim=3072, n_layers=28, n_heads=24, n_kv_heads=8,
+                        head_dim=128, ffn_dim=8192, max_seq_len=131_072, rope_theta=5e5,
+                        rope_scaling=_LLAMA32_ROPE, tie_embeddings=True),
+    "llama3-8b": dict(vocab_size=128_256, dim=4096, n_layers=32, n_heads=32, n_kv_heads=8,
+                      head_dim=128, ffn_dim=14_336, max_seq_len=8192, rope_theta=5e5),
+}
+
+
+def preset_config(name: str, vocab_size: int) -> ModelConfig:
+    """Look up a preset. `vocab_size` is the tokenizer's, used where the preset leaves it open.
+
+    Raises ValueError for an unknown name or a vocabulary too small for the tokenizer.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"model {name!r} is unknown; choose one of {', '.join(PRESETS)}")
+    preset = PRESETS[name]
+    if 0 < preset["vocab_size"] < vocab_size:
+        raise ValueError(f"model {name!r} has {preset['vocab_size']} token ids, but the tokenizer "
+                         f"uses {vocab_size}; choose the tokenizer that belongs to the model")
+    return ModelConfig(**{**preset, "vocab_size": preset["vocab_size"] or vocab_size})
+
+
+# --- 2. RoPE, and how to stretch it -----------------------------------------------------------------
+#
+# RoPE turns each pair of dimensions of a query or key by position * frequency, so that their product
+# depends only on the distance between the two tokens. A larger base theta slows all rotations: the
+# slow dimensions stay nearly still over the longer context, and what the model learned about content
+# still matches. ProLong raises theta 5e5 -> 8e6 (64K) -> 1.28e8 (512K): section 6.1, B.1.
+
+
+def ntk_rope_theta(theta: float, from_len: int, to_len: int, head_dim: int) -> float:
+    """The base that dynamic NTK suggests for a longer context: theta * t^(d/(d-2)), t = to/from.
+
+    Source: section B.1. The paper then goes about twice as far (8e6 where this says 4.1e6).
+    """
+    return theta * (to_len / from_len) ** (head_dim / (head_dim - 2))
+
+
+def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
+    """Return the rotation per position of each dimension pair, and the factor on cos and sin.
+
+    (D/2,) float64 radians per token, and a number that is 1 except for YaRN. Four ways to stretch,
+    by `rope_scaling["rope_type"]`: default (theta alone), linear (position interpolation, 2306.15595:
+    all frequencies divided), llama3 (Llama-3.1: only the slow ones divided, with a ramp between) and
+    yarn (2309.00071: the same idea, its ramp linear in the dimension, and a temperature).
+
+    Raises ValueError for any other kind, and for a missing or impossible number.
+    """
+    head_dim = config.head_dim
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim  # (D/2,)
+    if not config.rope_theta > 1:
+        raise ValueError(f"rope_theta={config.rope_theta!r} must be greater than 1")
+    inv_freq = config.rope_theta ** -exponents
+    scaling = config.rope_scaling
+    if scaling is None:
+        return inv_freq, 1.0
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ("default", "linear", "llama3", "yarn"):
+        raise ValueError(f"rope_scaling type {kind!r} is not supported; "
+                         "choose default, linear, llama3 or yarn")
+    if kind == "default":
+        return inv_freq, 1.0
+    factor = _number(scaling, "factor", minimum=1.0)
+    if kind == "linear":
+        return inv_freq / factor, 1.0
+
+    original = _number(scaling, "original_max_position_embeddings", config.max_seq_len, minimum=1)
+    if kind == "llama3":
+        low = _number(scaling, "low_freq_factor", minimum=0.0)
+        high = _number(scaling, "high_freq_factor", minimum=0.0)
+        if high <= low:
+            raise ValueError(f"high_freq_factor={high} must be above low_freq_factor={low}")
+        turns = original * inv_freq / (2 * math.pi)  # full turns over the original context
+        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: fast, untouched; 0: slow, divided
+        return inv_freq * keep + inv_freq / factor * (1 - keep), 1.0
+
+    # YaRN: dimensions that make more than beta_fast turns are kept, fewer than beta_slow divided.
+    def dimension_with_turns(turns: float) -> float:
+        return head_dim * math.log(original / (turns * 2 * math.pi)) / (
+            2 * math.log(config.rope_theta))
+
+    first = dimension_with_turns(_number(scaling, "beta_fast", 32.0))
+    last = dimension_with_turns(_number(scaling, "beta_slow", 1.0))
+    if scaling.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    last = last + 0.001 if last == first else last  # a ramp of no width would divide by zero
+    dims = torch.arange(head_dim // 2, dtype=torch.float64)
+    keep = 1 - ((dims - first) / (last - first)).clamp(0, 1)
+    temperature = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0  # YaRN, equation 22
+    return (inv_freq * keep + inv_freq / factor * (1 - keep),
+            _number(scaling, "attention_factor", temperature))
+
+
+def _number(entry: dict[str, Any], key: str, default: float | None = None,
+            minimum: float = -math.inf) -> float:
+    value = entry.get(key, default) if entry.get(key) is not None else default
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"rope_scaling needs a number for {key!r}, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"rope_scaling {key!r} is {value}, the least allowed is {minimum}")
+    return float(value)
+
+
+def rope_cos_sin(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Turn positions (T,) into cos and sin, (T, 1, D/2) each, in float32 or better.
+
+    In bfloat16 a position such as 15,962 would be rounded by up to 32 and its cosine would be noise,
+    so the model's dtype only counts when it is wider than float32.
+    """
+    inv_freq, factor = rope_frequencies(config)
+    wide = torch.promote_types(dtype, torch.float32)
+    angles = positions.to(wide)[:, None] * inv_freq.to(positions.device, wide)  # (T, D/2)
+    return angles.cos()[:, None] * factor, angles.sin()[:, None] * factor
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate (T, H, D). Dimension i is paired with i + D/2: the layout of Hugging Face's weights."""
+    first, second = x.to(cos.dtype).chunk(2, dim=-1)  # (T, H, D) -> 2 x (T, H, D/2)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotated.to(x.dtype)
+
+
+# --- 3. Attention within documents ------------------------------------------------------------------
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor,
+                        max_seqlen: int) -> Tensor:
+    """Attention with the mask of the file's picture written out: the explanation and the oracle.
+
+    q (T, H, D), k and v (T, H_kv, D) -> (T, H, D). It builds (H, T, T): for tests and short texts.
+    """
+    T, H, D = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
+    k = k.repeat_interleave(H // k.shape[1], dim=1)  # (T, H_kv, D) -> (T, H, D)
+    v = v.repeat_interleave(H // v.shape[1], dim=1)
+    index = torch.arange(T, device=q.device)
+    document = torch.bucketize(index, cu_seqlens[1:], right=True)  # (T,) which document
+    allowed = (document[:, None] == document[None, :]) & (index[:, None] >= index[None, :])
+    scores = torch.einsum("qhd,khd->hqk", q.to(wide), k.to(wide)) / math.sqrt(D)  # (H, T, T)
+    weights = scores.masked_fill(~allowed, -math.inf).softmax(dim=-1)
+    return torch.einsum("hqk,khd->qhd", weights, v.to(wide)).to(q.dtype)
+
+
+def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """One causal `scaled_dot_product_attention` for all documents of one length: runs anywhere.
+
+    Documents are brought into order of length, so that each length is one slice that reshapes into a
+    batch. Memory stays linear in T. (4-D inputs matter: with 3-D ones PyTorch on a CPU quietly takes
+    a kernel that builds the whole score matrix.)
+    """
+    starts = cu_seqlens.tolist()
+    lengths = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+    by_length = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    in_order = by_length == list(range(len(lengths)))
+    order = q.new_empty(0, dtype=torch.long)
+    if not in_order:  # the token permutation that puts short documents first
+        order = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in by_length]).to(q.device)
+        q, k, v = q[order], k[order], v[order]
+    outputs, begin = [], 0
+    for length, count in _runs([lengths[i] for i in by_length]):
+        part = slice(begin, begin + length * count)
+        begin = part.stop
+        if length == 0:
+            continue
+        batch = [x[part].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v)]
+        #   (count*length, H, D) -> (count, length, H, D) -> (count, H, length, D)
+        out = F.scaled_dot_product_attention(*batch, is_causal=True,
+                                             enable_gqa=q.shape[1] != k.shape[1])
+        outputs.append(out.transpose(1, 2).flatten(0, 1))  # -> (count*length, H, D)
+    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    if in_order:
+        return out
+    return out[torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=q.device))]
+
+
+def _runs(values: list[int]) -> Iterator[tuple[int, int]]:
+    """[2, 2, 5] -> (2, 2), (5, 1): each value with how often it is repeated in a row."""
+    begin = 0
+    for i in range(1, len(values) + 1):
+        if i == len(values) or values[i] != values[begin]:
+            yield values[begin], i - begin
+            begin = i
+
+
+def attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """PyTorch's own variable-length flash attention: one kernel for all documents (CUDA, 16 bit)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
+                       window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1])
+
+
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+BACKENDS: dict[str, Attention] = {"varlen": attention_varlen, "sdpa": attention_sdpa,
+                                  "reference": attention_reference}
+
+
+def choose_backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """Name the backend that `auto` means here, and say why (train.py prints it once)."""
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        return "varlen", "one flash-attention kernel for all documents of the pack"
+    return "sdpa", f"varlen needs CUDA and 16 bit, this is {device.type} and {str(dtype)[6:]}"
+
+
+def document_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
+                       backend: str = "auto") -> Tensor:
+    """Causal attention inside each document of a pack: (T, H, D) and 2 x (T, H_kv, D) -> (T, H, D).
+
+    `cu_seqlens` (N + 1,) int32 holds the documents' ends, from 0 to T; `max_seqlen` the longest.
+    Source: ProLong section 6.1 and B.2 (Table 20: masks help both long and short tasks).
+    """
+    name = choose_backend(q.device, q.dtype)[0] if backend == "auto" else backend
+    if name not in BACKENDS:
+        raise ValueError(f"attention backend {name!r} is unknown; choose auto or one of "
+                         f"{', '.join(BACKENDS)}")
+    return BACKENDS[name](q, k, v, cu_seqlens, max_seqlen)
+
+
+# --- 4. Many ranks: Parallel and the Ulysses exchange -----------------------------------------------
+#
+# Ranks form a grid (dp, sp). The sp ranks of a row hold consecutive parts of one sequence; rows hold
+# different sequences. Every layer but attention needs only its own tokens. For attention, Ulysses
+# trades tokens for heads: before, each rank has all heads of its tokens; after, all tokens of its
+# heads. With P = 2 ranks, H = 2 heads and S = 4 tokens (rank 0 holds a and b):
+#
+#            before              after                       before (T, H, D) on every rank
+#          head 0  head 1      head 0  head 1                after  (S, H/P, D)
+#      a   [ rank 0     ]      [  r  ][  r  ]
+#      b   [ rank 0     ]      [  a  ][  a  ]                sent per rank and layer, forward:
+#      c   [ rank 1     ]      [  n  ][  n  ]                T*D*(2H + 2*kv) * (P-1)/P elements,
+#      d   [ rank 1     ]      [ k 0 ][ k 1 ]                kv = max(H_kv, P)
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Which ranks exist, which one this is, and where it computes. Passed on, never a global."""
+
+    mesh: DeviceMesh = field(repr=False)  # (dp, sp)
+    device: torch.device
+    rank: int
+    world_size: int
+    dp_rank: int
+    dp_size: int
+    sp_rank: int
+    sp_size: int
+
+    @property
+    def sp_group(self) -> dist.ProcessGroup:
+        return self.mesh.get_group("sp")
+
+    @property
+    def main(self) -> bool:
+        """Whether this rank is the one that prints and writes."""
+        return self.rank == 0
+
+    def all_sum(self, *values: float) -> list[float]:
+        """Sum numbers over all ranks (float64)."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+
+def init_parallel(seq_parallel_size: int | None = None) -> Parallel:
+    """Start torch.distributed from torchrun's variables, or alone, and lay ranks out as (dp, sp).
+
+    Ranks of one sp group are neighbours, so on a node with 8 GPUs the exchange stays inside the node.
+    Raises ValueError when the world is not a multiple of `seq_parallel_size` (default 1).
+    """
+    sp_size = seq_parallel_size or 1
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if sp_size < 1 or world % sp_size:
+        raise ValueError(f"{world} ranks cannot form groups of seq_parallel_size={sp_size}; "
+                         f"choose a divisor of {world}")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if world == 1 and "MASTER_ADDR" not in os.environ:  # alone: no port, no network
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(backend)
+    mesh = init_device_mesh(device.type, (world // sp_size, sp_size), mesh_dim_names=("dp", "sp"))
+    return Parallel(mesh, device, rank, world, dp_rank=rank // sp_size, dp_size=world // sp_size,
+                    sp_rank=rank % sp_size, sp_size=sp_size)
+
+
+def valid_seq_parallel_sizes(n_heads: int, n_kv_heads: int) -> list[int]:
+    """The P that Ulysses can use: query heads divide by P, and KV heads divide by P or P by them."""
+    return [p for p in range(1, n_heads + 1)
+            if n_heads % p == 0 and (n_kv_heads % p == 0 or p % n_kv_heads == 0)]
+
+
+class _Exchange(torch.autograd.Function):
+    """Send x[j] to rank j; receive rank i's part as out[i]. Its own inverse, so its own backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        out = torch.empty_like(x)
+        dist.all_to_all_single(out, x.contiguous(), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _Exchange.apply(grad.contiguous(), ctx.group), None
+
+
+def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
+                      group: dist.ProcessGroup, backend: str = "auto") -> Tensor:
+    """Document attention over a sequence whose tokens are spread over the ranks of `group`.
+
+    q (T, H, D), k and v (T, H_kv, D) -> (T, H, D), where T = S/P; `cu_seqlens` is that of all S
+    tokens. K and V travel with their own head count (ProLong expands them first, which for Llama-3
+    over 8 ranks is 1.6 times the traffic). Only if there are more ranks than KV heads is each KV
+    head sent to the P/H_kv ranks whose query heads need it; its gradient is the sum over them.
+
+    Raises ValueError when the heads cannot be shared by P ranks. Source: 2309.14509; ProLong A.3.
+    """
+    P = dist.get_world_size(group)
+    T, H, D = q.shape
+    H_kv = k.shape[1]
+    if P not in valid_seq_parallel_sizes(H, H_kv):
+        raise ValueError(f"{H} query heads and {H_kv} KV heads cannot be shared by "
+                         f"seq_parallel_size={P}; choose one of {valid_seq_parallel_sizes(H, H_kv)}")
+    if H_kv < P:
+        k = k.repeat_interleave(P // H_kv, dim=1)  # (T, H_kv, D) -> (T, P, D)
+        v = v.repeat_interleave(P // H_kv, dim=1)
+    heads = [x.shape[1] // P for x in (q, k, v)]
+    qkv = torch.cat([x.unflatten(1, (P, -1)) for x in (q, k, v)], dim=2)  # (T, P, sum(heads), D)
+    qkv = _Exchange.apply(qkv.transpose(0, 1), group)  # (P heads', T, ., D) -> (P tokens', T, ., D)
+    q, k, v = qkv.flatten(0, 1).split(heads, dim=1)  # -> (S, H/P, D), 2 x (S, max(H_kv, P)/P, D)
+    out = document_attention(q, k, v, cu_seqlens, max_seqlen, backend)  # (S, H/P, D)
+    out = _Exchange.apply(out.unflatten(0, (P, T)), group)  # (P tokens', T, H/P, D) -> (P heads', ...)
+    return out.transpose(0, 1).flatten(1, 2)  # (P, T, H/P, D) -> (T, P, H/P, D) -> (T, H, D)
+
+
+@dataclass(frozen=True)
+class PackLayout:
+    """What one forward pass derives from `doc_lens`, once: this rank's positions, and who attends."""
+
+    positions: Tensor  # (T,) int64, restarting at every document
+    cu_seqlens: Tensor  # (N + 1,) int32: of the whole sequence if `group`, else of this rank's part
+    max_seqlen: int
+    group: dist.ProcessGroup | None  # the ranks to exchange with, if they must
+
+
+def crosses_ranks(doc_lens: Sequence[int], sp_size: int) -> bool:
+    """Whether any document lies on more than one of `sp_size` equal shares of the sequence.
+
+    Only then is the Ulysses exchange needed. The tempting test, "no document is longer than a
+    share", is wrong: in (6, 4, 6) over two ranks the 4 lies on both, though 6 < 8.
+    """
+    share = sum(doc_lens) // sp_size
+    ends, total = set(), 0
+    for length in doc_lens:
+        ends.add(total := total + length)
+    return any(share * r not in ends for r in range(1, sp_size))
+
+
+def layout_pack(doc_lens: Sequence[int], n_tokens: int, device: torch.device,
+                parallel: Parallel | None = None) -> PackLayout:
+    """Derive positions and cu_seqlens for the `n_tokens` tokens that this rank holds.
+
+    Raises ValueError when `doc_lens` does not add up to this rank's tokens times the sp ranks.
+    """
+    sp_size, sp_rank = (parallel.sp_size, parallel.sp_rank) if parallel else (1, 0)
+    if min(doc_lens, default=0) < 1 or sum(doc_lens) != n_tokens * sp_size:
+        raise ValueError(f"doc_lens adds up to {sum(doc_lens)} with shortest "
+                         f"{min(doc_lens, default=0)}, but there are {sp_size} x {n_tokens} tokens; "
+                         "documents must be non-empty and fill the sequence exactly")
+    lens = torch.tensor(doc_lens)
+    ends = lens.cumsum(0)
+    positions = torch.arange(n_tokens * sp_size) - (ends - lens).repeat_interleave(lens)
+    mine = slice(sp_rank * n_tokens, (sp_rank + 1) * n_tokens)
+    group = None
+    if parallel and crosses_ranks(doc_lens, sp_size):
+        group = parallel.sp_group
+    elif sp_size > 1:  # every share begins and ends with a document: keep mine, exchange nothing
+        inside = (ends > mine.start) & (ends <= mine.stop)
+        lens, ends = lens[inside], ends[inside] - mine.start
+    cu_seqlens = F.pad(ends, (1, 0)).to(torch.int32)
+    return PackLayout(positions[mine].to(device, non_blocking=True),
+                      cu_seqlens.to(device, non_blocking=True), int(lens.max()), group)
+
+
+# --- 5. The Transformer -----------------------------------------------------------------------------
+#
+# Modules carry Hugging Face's names, so that a checkpoint needs no translation table.
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q, k, v) -> (T, H, D)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.dim, q_dim, bias=False)
+        self.k_proj = nn.Linear(config.dim, kv_dim, bias=False)
+        self.v_proj = nn.Linear(config.dim, kv_dim, bias=False)
+        self.o_proj = nn.Linear(q_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, C) -> (T, H, D)
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, C) -> (T, H_kv, D)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        out = attend(self.layer, apply_rope(q, *rope), apply_rope(k, *rope), v)
+        return self.o_proj(out.flatten(1))  # (T, H, D) -> (T, H*D) -> (T, C)
+
+
+class MLP(nn.Module):
+    """SwiGLU (2002.05202): a gate decides, per hidden unit, how much of `up` passes."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.up_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.self_attn = SelfAttention(config, layer)
+        self.post_attention_layernorm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """A Llama over packed documents. All methods take T tokens (T,) and the documents' lengths."""
+
+    def __init__(self, config: ModelConfig, backend: str = "auto") -> None:
+        super().__init__()
+        self.config, self.backend = config, backend
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def init_weights(self, seed: int) -> Transformer:
+        """Draw all weights from `seed`: N(0, 0.02), and less for what adds to the residual stream."""
+        generator = torch.Generator(self.embed_tokens.weight.device).manual_seed(seed)
+        for name, weight in self.named_parameters():
+            if name.endswith("norm.weight"):
+                nn.init.ones_(weight)
+            else:
+                into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                std = 0.02 / math.sqrt(2 * self.config.n_layers) if into_residual else 0.02
+                nn.init.normal_(weight, std=std, generator=generator)
+        return self
+
+    def set_rope(self, rope_theta: float, max_seq_len: int) -> None:
+        """Move to another context: a stage of the curriculum changes theta, not a single weight."""
+        self.config = replace(self.config, rope_theta=rope_theta, max_seq_len=max_seq_len)
+
+    def run_layers(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Embed (T,) and pass through all blocks and the last norm -> (T, C)."""
+        x = self.embed_tokens(input_ids)  # (T,) -> (T, C)
+        rope = rope_cos_sin(self.config, positions, x.dtype)
+        for block in self.layers:
+            x = block(x, rope, attend)
+        return self.norm(x)
+
+    def forward(self, input_ids: Tensor, doc_lens: Sequence[int],
+                parallel: Parallel | None = None) -> Tensor:
+        """Hidden states (T, C) of this rank's T tokens; `doc_lens` is of the whole sequence."""
+        pack = layout_pack(doc_lens, len(input_ids), input_ids.device, parallel)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if pack.group is not None:
+                return ulysses_attention(q, k, v, pack.cu_seqlens, pack.max_seqlen, pack.group,
+                                         self.backend)
+            return document_attention(q, k, v, pack.cu_seqlens, pack.max_seqlen, self.backend)
+
+        return self.run_layers(input_ids, pack.positions, attend)
+
+    def logits(self, input_ids: Tensor, doc_lens: Sequence[int],
+               parallel: Parallel | None = None) -> Tensor:
+        """Scores of the next token, (T, V)."""
+        return self.lm_head(Transformer.forward(self, input_ids, doc_lens, parallel))
+
+    def loss(self, input_ids: Tensor, labels: Tensor, doc_lens: Sequence[int],
+             parallel: Parallel | None = None) -> tuple[Tensor, Tensor]:
+        """Sum of this rank's cross-entropies (nats), and how many labels took part.
+
+        `labels` (T,) are already shifted; IGNORE_INDEX takes no part. A sum, so that train.py can
+        divide by the valid tokens of the whole step (section A.3).
+        """
+        hidden = Transformer.forward(self, input_ids, doc_lens, parallel)
+        return chunked_cross_entropy(hidden, self.lm_head.weight, labels)
+
+
+def flops_per_step(config: ModelConfig, doc_lens: Sequence[int]) -> float:
+    """Floating-point operations to train on these documents once, forward and backward.
+
+    6 per weight and token (2 forward, 4 backward), without the embedding table, which is only looked
+    up; and 6 * n_layers * n_heads * head_dim * length^2 for causal attention inside each document.
+    No credit for recomputation. Source: PaLM (2204.02311) appendix B, with real document lengths.
+    """
+    q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    per_layer = config.dim * (2 * q_dim + 2 * kv_dim + 3 * config.ffn_dim)
+    weights = config.n_layers * per_layer + config.dim * config.vocab_size
+    return (6.0 * weights * sum(doc_lens)
+            + 6.0 * config.n_layers * q_dim * sum(length * length for length in doc_lens))
+
+
+# --- 6. The loss ------------------------------------------------------------------------------------
+
+
+def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor,
+                          chunk_tokens: int = 8192) -> tuple[Tensor, Tensor]:
+    """Sum of cross-entropies without ever holding all logits: hidden (T, C), weight (V, C).
+
+    64K tokens of Llama-3 have 33.6 GB of float32 logits. Here a chunk's logits live only while the
+    chunk is worked on, and backward computes them again. The matmul is in the inputs' dtype, the
+    softmax in float32. Returns (loss_sum, valid_tokens); chunks with no valid label add exactly 0.
+    """
+    total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    for part, target in zip(hidden.split(chunk_tokens), labels.split(chunk_tokens), strict=True):
+        if len(labels) <= chunk_tokens:  # a single chunk is the peak either way: don't recompute
+            total = total + _cross_entropy_sum(part, weight, target)
+        else:
+            total = total + checkpoint(_cross_entropy_sum, part, weight, target, use_reentrant=False)
+    return total, (labels != IGNORE_INDEX).sum()
+
+
+def _cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    logits = F.linear(hidden, weight)  # (chunk, V)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+# --- 7. Generation ----------------------------------------------------------------------------------
+
+
+class KVCache:
+    """Keys and values of B texts of equal length, so that a new token costs one row of attention."""
+
+    def __init__(self) -> None:
+        self.length = 0  # tokens that every layer has seen
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> 2 x (B, H_kv, length, D)
+
+    def repeat(self, n: int) -> KVCache:
+        """A cache for `n` continuations of the one text held here (they share its memory)."""
+        copy = KVCache()
+        copy.length = self.length
+        copy._layers = {i: (k.expand(n, -1, -1, -1), v.expand(n, -1, -1, -1))
+                        for i, (k, v) in self._layers.items()}
+        return copy
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: int) -> Tensor:
+        """Add new keys and values (B*L, H_kv, D), and attend to all of them: -> (B*L, H, D)."""
+        from torch.nn.attention.bias import causal_lower_right
+
+        q, k, v = (x.unflatten(0, (batch, -1)).transpose(1, 2) for x in (q, k, v))  # (B, H, L, D)
+        if layer in self._layers:
+            old_k, old_v = self._layers[layer]
+            k, v = torch.cat((old_k, k), dim=2), torch.cat((old_v, v), dim=2)
+        self._layers[layer] = k, v
+        new, total, gqa = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
+        if new == 1:  # one query sees everything
+            out = F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa)
+        elif new == total:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+        else:  # `is_causal` would align the two first tokens; new queries are the *last* ones
+            mask = causal_lower_right(new, total)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
+        return out.transpose(1, 2).flatten(0, 1)  # (B, H, L, D) -> (B, L, H, D) -> (B*L, H, D)
+
+
+@torch.no_grad()
+def decode(model: Transformer, input_ids: Tensor, cache: KVCache) -> Tensor:
+    """Continue the texts in `cache` by (B, L) tokens; return the logits of all of them, (B, L, V)."""
+    B, L = input_ids.shape
+    positions = torch.arange(cache.length, cache.length + L, device=input_ids.device).repeat(B)
+    hidden = model.run_layers(input_ids.flatten(), positions,
+                              lambda layer, q, k, v: cache.attend(layer, q, k, v, B))
+    cache.length += L
+    return model.lm_head(hidden).unflatten(0, (B, L))  # (B*L, V) -> (B, L, V)
+
+
+@torch.no_grad()
+def generate(model: Transformer, prompt_ids: Sequence[int], max_new_tokens: int,
+             stop_ids: Sequence[int] = ()) -> list[int]:
+    """Continue a prompt greedily, token by token, until a stop token or the limit."""
+    device = model.embed_tokens.weight.device
+    cache = KVCache()
+    logits = decode(model, torch.tensor([list(prompt_ids)], device=device), cache)
+    new: list[int] = []
+    while len(new) < max_new_tokens:
+        new.append(int(logits[0, -1].argmax()))
+        if new[-1] in stop_ids or len(new) == max_new_tokens:
+            break
+        logits = decode(model, torch.tensor([new[-1:]], device=device), cache)
+    return new
+
+
+# --- 8. Weights in and out: a Hugging Face folder ----------------------------------------------------
+
+_HF_NAMES = {"vocab_size": "vocab_size", "hidden_size": "dim", "num_hidden_layers": "n_layers",
+             "num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads",
+             "head_dim": "head_dim", "intermediate_size": "ffn_dim",
+             "max_position_embeddings": "max_seq_len", "rope_theta": "rope_theta",
+             "rope_scaling": "rope_scaling", "rms_norm_eps": "norm_eps",
+             "tie_word_embeddings": "tie_embeddings"}  # config.json's name -> ours
+
+
+def _hf_key(name: str) -> str:
+    return name if name.startswith("lm_head") else "model." + name
+
+
+def write_model(model: Transformer, folder: Path, main: bool = True) -> None:
+    """Write config.json and model.safetensors into an existing folder.
+
+    Under FSDP all ranks must call it (gathering a weight is a collective); only `main` writes.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for name, weight in model.state_dict().items():
+        if name == "lm_head.weight" and model.config.tie_embeddings:
+            continue
+        full = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+        if main:
+            tensors[_hf_key(name)] = full.detach().cpu().contiguous()
+    if not main:
+        return
+    config = asdict(model.config)
+    dtype = next(iter(tensors.values())).dtype
+    entry = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+             "attention_bias": False, "mlp_bias": False, "torch_dtype": str(dtype)[6:],
+             **{theirs: config[ours] for theirs, ours in _HF_NAMES.items()}}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(entry, indent=2) + "\n")
+
+
+def save_pretrained(model: Transformer, folder: str | Path) -> None:
+    """Save as a Hugging Face folder, whole or not at all: written aside, then renamed."""
+    with replaced_folder(Path(folder)) as temporary:
+        write_model(model, temporary)
+
+
+class replaced_folder:
+    """`with replaced_folder(path) as temporary:` fills a folder that appears only when complete.
+
+    Files are fsynced before the rename, so that after a crash there is the old folder or the new one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.temporary = folder.with_name(folder.name + ".writing")
+
+    def __enter__(self) -> Path:
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        self.temporary.mkdir(parents=True)
+        return self.temporary
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is not None:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+            return
+        for path in [*self.temporary.rglob("*"), self.temporary]:
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        if self.folder.exists():  # a folder can't be renamed over a full one: step aside first
+            old = self.folder.with_name(self.folder.name + ".old")
+            shutil.rmtree(old, ignore_errors=True)
+            self.folder.rename(old)
+            self.temporary.rename(self.folder)
+            shutil.rmtree(old)
+        else:
+            self.temporary.rename(self.folder)
+
+
+def read_config(folder: str | Path) -> ModelConfig:
+    """Read config.json of a Llama folder. Raises ValueError for what this model cannot represent."""
+    path = Path(folder) / "config.json"
+    try:
+        entry = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a readable model configuration: {error}") from None
+    if not isinstance(entry, dict) or entry.get("model_type") != "llama":
+        kind = entry.get("model_type") if isinstance(entry, dict) else type(entry).__name__
+        raise ValueError(f"{path}: model_type is {kind!r}, only 'llama' is supported")
+    for key in ("attention_bias", "mlp_bias"):
+        if entry.get(key):
+            raise ValueError(f"{path}: {key} is set, which this model does not have")
+    if "head_dim" not in entry and {"hidden_size", "num_attention_heads"} <= entry.keys():
+        entry["head_dim"] = entry["hidden_size"] // entry["num_attention_heads"]
+    rope = entry.pop("rope_parameters", None) or {}  # the newer layout: theta and scaling in one
+    if "rope_theta" in rope:
+        entry["rope_theta"] = rope["rope_theta"]
+    if rope.get("rope_type", "default") != "default":
+        entry["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    try:
+        return ModelConfig(**{ours: entry[theirs] for theirs, ours in _HF_NAMES.items()
+                              if theirs in entry})
+    except TypeError as error:
+        raise ValueError(f"{path} lacks a field: {error}") from None
+
+
+def load_pretrained(folder: str | Path, dtype: torch.dtype | None = None,
+                    device: torch.device | str = "cpu") -> Transformer:
+    """Load a Llama from a Hugging Face folder of safetensors. `dtype` None keeps the stored one.
+
+    Raises ValueError when a tensor is missing, left over or of another shape, naming it.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    folder = Path(folder)
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = Transformer(config)
+    wanted = {_hf_key(name): weight for name, weight in model.state_dict().items()}
+    if config.tie_embeddings:
+        del wanted["lm_head.weight"]
+    loaded: dict[str, Tensor] = {}
+    for path in _weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 (not a dict)
+                    if key == "lm_head.weight" and config.tie_embeddings:
+                        continue  # some writers store the tied table twice
+                    if key not in wanted:
+                        raise ValueError(f"{path} holds {key!r}, which a Llama of this "
+                                         "config.json does not have")
+                    tensor = file.get_tensor(key)
+                    if tensor.shape != wanted[key].shape:
+                        raise ValueError(f"{path}: {key!r} is {tuple(tensor.shape)}, config.json "
+                                         f"says {tuple(wanted[key].shape)}")
+                    loaded[key] = tensor.to(device=device, dtype=dtype or tensor.dtype)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+    if missing := wanted.keys() - loaded.keys():
+        raise ValueError(f"{folder} lacks {len(missing)} tensors, the first is {min(missing)!r}")
+    model.load_state_dict({name: loaded[_hf_key(name)] for name in model.state_dict()
+                           if _hf_key(name) in loaded}, assign=True, strict=False)
+    if config.tie_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    return model
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """model.safetensors, or the shards that its index names (which must lie in the folder)."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return [folder / "model.safetensors"]
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is not a readable index of shards: {error!r}") from None
+    if bad := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+        raise ValueError(f"{index} names {bad[0]!r}, which is not a file of this folder")
+    return [folder / name for name in names]
+
+
+# --- 9. What the machine can do ----------------------------------------------------------------------
+
+_PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense, from the vendor's datasheets
+
+
+@lru_cache
+def device_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Peak FLOP/s for MFU: the datasheet's for known GPUs in 16 bit, else a matmul timed here."""
+    import time
+
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        name = torch.cuda.get_device_name(device)
+        for known, peak in _PEAK_BF16.items():
+            if known in name:
+                return peak
+    n = 4096 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device).to(dtype)
+    best = math.inf
+    for _ in range(8):
+        begin = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - begin)
+    return 2 * n**3 / best
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware, by its capability flag (never by timing)."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return capability != "DEFAULT" and bool(torch.cpu._is_avx512_bf16_supported())
