@@ -219,10 +219,9 @@ def list_repositories() -> dict[str, list[Path]]:
         for entry in sorted(root.iterdir()):
             if entry.suffix == ".py" and root == Path(paths["stdlib"]):
                 repositories.setdefault("modules", []).append(entry)
-            elif entry.is_dir() and entry.name not in ("site-packages", "__pycache__", "dist-packages"):
-                if files := sorted(entry.rglob("*.py")):
-                    repositories[entry.name] = files
-    return repositories
+            elif entry.is_dir() and entry.name not in ("site-packages", "dist-packages"):
+                repositories[entry.name] = sorted(entry.rglob("*.py"))
+    return {name: files for name, files in repositories.items() if files}
 
 
 def _is_held_out(name: str) -> bool:
@@ -388,12 +387,12 @@ def recall_documents(tokenizer: Tokenizer, rng: np.random.Generator, batch: int,
         yield Document(row, mask)
 
 
-# ICL. Each line is three letters of one of six topics, and the topic's number *in this document*:
+# ICL. Each line is a letter of one of six topics, and the topic's number *in this document*:
 #
-#     <begin>ace>3\nnmp>0\nfdb>3\n ... <end>       the numbers are dealt anew for every document, so only
-#                                                  the examples can tell which topic is 3 (A.1)
+#     <begin>a>3\nn>0\nc>3\nx>5\n ... <end>       the numbers are dealt anew for every document, so only the
+#                                              examples can tell which topic is 3 today (A.1)
 TOPICS = np.frombuffer(b"abcdefghijklmnopqrstuvwx", dtype=np.uint8).astype(np.uint32).reshape(6, 4)
-ICL_LINE = 6  # "ace>3\n"
+ICL_LINE = 4  # "a>3\n"
 
 
 def icl_lines(rng: np.random.Generator, batch: int, n_lines: int) -> np.ndarray:
@@ -403,7 +402,7 @@ def icl_lines(rng: np.random.Generator, batch: int, n_lines: int) -> np.ndarray:
     topics = rng.permuted(np.tile(np.arange(n), (batch, rounds, 1)), axis=2)  # each round has all topics
     topics = topics.reshape(batch, -1)[:, :n_lines]
     labels = rng.permuted(np.tile(np.arange(n), (batch, 1)), axis=1)
-    letters = TOPICS[topics[:, :, None], rng.integers(4, size=(batch, n_lines, 3))]
+    letters = TOPICS[topics[:, :, None], rng.integers(TOPICS.shape[1], size=(batch, n_lines, 1))]
     label = np.take_along_axis(labels, topics, axis=1)[:, :, None] + ord("0")
     mark = np.ones_like(label)
     return np.concatenate((letters, mark * ord(">"), label, mark * BLANK), axis=2).astype(np.uint32)
@@ -418,7 +417,7 @@ def icl_documents(tokenizer: Tokenizer, rng: np.random.Generator, batch: int,
     ids = np.concatenate((edge * tokenizer.bos_id, lines, np.tile(edge * BLANK, spare),
                           edge * tokenizer.eos_id), axis=1)
     position = np.arange(length) - 1
-    mask = (position % ICL_LINE == 4) & (position >= len(TOPICS) * ICL_LINE) & (position < n_lines * ICL_LINE)
+    mask = (position % ICL_LINE == 2) & (position >= len(TOPICS) * ICL_LINE) & (position < n_lines * ICL_LINE)
     for row in ids:
         yield Document(row, mask)
 
@@ -456,7 +455,7 @@ def _icl(tokenizer: Tokenizer, rng: np.random.Generator, batch: int, length: int
     return icl_documents(tokenizer, rng, batch, length)
 
 
-PARTS = (8, 4, 2, 1)
+PARTS = (4, 2, 1)
 PAIRS = lambda length: 16
 
 
@@ -569,6 +568,9 @@ def pack_builtin(domain: str, tokenizer: Tokenizer, seq_len: int, seed: int,
     if name in LONG_DOMAINS and length:
         return pack_long(LONG_DOMAINS[name](tokenizer, seed), parse_length(length), seq_len, report)
     if name in SYNTHETIC_DOMAINS and length:
+        if seq_len % parse_length(length):
+            raise ValueError(f"documents of {domain} do not fit sequences of {seq_len:,} tokens whole; "
+                             "choose a divisor as their length")
         documents = SYNTHETIC_DOMAINS[name](tokenizer, seed, parse_length(length))
         return pack_short(documents, seq_len, report)
     raise ValueError(f"domain {domain!r} is unknown; choose one of {', '.join(known)}, "
@@ -609,9 +611,8 @@ def write_packed(folder: str | Path, sequences: Iterable[PackedSequence], tokeni
             count, documents = count + 1, documents + len(sequence.doc_lens)
             has_mask |= sequence.loss_mask is not None
             mask = np.ones(seq_len, bool) if sequence.loss_mask is None else sequence.loss_mask
-            parts = (sequence.input_ids, np.array(sequence.doc_lens, np.uint32),
-                     np.array([documents], np.int64), mask)
-            for file, part in zip((ids, lens, ends, masks), parts, strict=True):
+            for file, part in ((ids, sequence.input_ids), (lens, np.array(sequence.doc_lens, np.uint32)),
+                               (ends, np.array([documents], np.int64)), (masks, mask)):
                 file.write(part.tobytes())
                 digest.update(part.tobytes())
     if not has_mask:
@@ -688,7 +689,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} does not say format {FORMAT!r}; pack the folder again")
     for key, kind in _META.items():
         value = meta.get(key)
-        if type(value) is not kind or (kind is int and value < 0):
+        if type(value) is not kind or (isinstance(value, int) and value < 0):
             raise ValueError(f"{path}: {key!r} is {value!r}, a {kind.__name__} is wanted")
     if not 0 < meta["sequences"] <= meta["documents"] or not 0 < meta["seq_len"] < 2**32:
         raise ValueError(f"{path}: {meta['documents']} documents in {meta['sequences']} sequences of "
@@ -727,11 +728,15 @@ class Mixture:
     def _next(self) -> PackedSequence:
         n = sum(self.drawn.values())
         behind = [d for d, share in self.shares.items() if share * (n + 1) > self.drawn[d] + 1e-9]
-        name = min(behind, key=lambda d: (self.drawn[d] + 1) / self.shares[d])
+        name = min(behind, key=self._due)
         dataset, count = self.datasets[name], self.drawn[name]
         self.drawn[name] += 1
         epoch, i = divmod(count, len(dataset))
         return dataset[int(self._order(name, epoch)[i])]
+
+    def _due(self, name: str) -> float:
+        """The draw by which this domain's next sequence must have come."""
+        return (self.drawn[name] + 1) / self.shares[name]
 
     def _order(self, name: str, epoch: int) -> np.ndarray:
         return _permutation(self.seed, name, epoch, len(self.datasets[name]))
@@ -822,7 +827,7 @@ def arrange_step(sequences: Sequence[PackedSequence], dp_size: int, per_batch: i
     return [parts[i:i + dp_size] for i in range(0, len(parts), dp_size)]
 
 
-# --- 8. Pack and inspect from the command line -----------------------------------------------------------------
+# --- 8. Pack and inspect from the command line ---------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def icl_examples(tokenizer: Tokenizer, length: int, n: int, seed: int) -> list[E
     examples = []
     for row in lines:
         context = np.concatenate(([tokenizer.bos_id], row[:n_lines].reshape(-1)))
-        examples.append(Example(context, tuple(Question(line[:4], line[4:5]) for line in row[n_lines:])))
+        examples.append(Example(context, tuple(Question(line[:2], line[2:3]) for line in row[n_lines:])))
     return examples
 
 
@@ -192,12 +193,12 @@ def bits_per_byte(model: Transformer, tokenizer: Tokenizer, length: int, n: int,
         ids = torch.from_numpy(sequence.input_ids.astype(np.int64)).to(device)
         logits = decode(model, ids[None], KVCache())[0]  # (length, V)
         nats = F.cross_entropy(logits[:-1].float(), ids[1:], reduction="none").cpu().numpy()
-        for b, (begin, end) in enumerate(zip(edges, edges[1:], strict=False)):
+        for b, (begin, end) in enumerate(pairwise(edges)):
             part = slice(max(begin, 1), end)  # the first token is nobody's target
             bits[b] += nats[part.start - 1:part.stop - 1].sum() / math.log(2)
             sizes[b] += len(tokenizer.decode(sequence.input_ids[part]).encode(errors="replace"))
     return [{"from": begin, "to": end, "bits_per_byte": float(bit / size), "bytes": int(size)}
-            for begin, end, bit, size in zip(edges, edges[1:], bits, sizes, strict=False)]
+            for (begin, end), bit, size in zip(pairwise(edges), bits, sizes, strict=True)]
 
 
 # --- 3. A whole evaluation: every task at every length ------------------------------------------------------
@@ -283,8 +284,8 @@ def draw_recall(evaluations: Sequence[dict[str, Any]], path: Path) -> bool:
     curve.legend(title="after stage")
     for i, (e, row) in enumerate(zip(evaluations, rows, strict=True)):
         heat = figure.add_subplot(grid[1, i])
-        scores = np.array([[np.nan if s is None else s for s in r["by_depth"]] for r in row]).T
-        image = heat.imshow(scores, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        depths = np.array([[np.nan if s is None else s for s in r["by_depth"]] for r in row]).T
+        image = heat.imshow(depths, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
         heat.set(title=e["model"], xticks=range(len(labels)), xticklabels=labels,
                  yticks=range(5), yticklabels=["0-20%", "-40%", "-60%", "-80%", "-100%"])
         heat.tick_params(labelsize=7)
@@ -309,7 +310,7 @@ def save_evaluation(evaluation: dict[str, Any], folder: Path) -> None:
 def main() -> None:
     config = data.parse_cli(EvalConfig, __doc__)
     if not config.model:
-        raise ValueError("--model is missing; name the folder of a model, as in runs/tiny/checkpoints/long-900")
+        raise ValueError("--model is missing; name a model's folder, as runs/tiny/checkpoints/long-1500")
     folder = Path(config.model)
     model = load_pretrained(folder)
     evaluation = evaluate(model, config, folder.name)

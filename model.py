@@ -42,6 +42,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -94,19 +95,19 @@ _LLAMA32_ROPE = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0,
 
 # vocab_size 0 means: the tokenizer's. Shapes are those of the released checkpoints.
 PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": dict(vocab_size=0, dim=64, n_layers=2, n_heads=8, n_kv_heads=4, head_dim=16,
-                 ffn_dim=192, max_seq_len=256, tie_embeddings=True),
-    "smollm2-135m": dict(vocab_size=49_152, dim=576, n_layers=30, n_heads=9, n_kv_heads=3,
-                         head_dim=64, ffn_dim=1536, max_seq_len=8192, rope_theta=1e5,
-                         tie_embeddings=True),
-    "llama3.2-1b": dict(vocab_size=128_256, dim=2048, n_layers=16, n_heads=32, n_kv_heads=8,
-                        head_dim=64, ffn_dim=8192, max_seq_len=131_072, rope_theta=5e5,
-                        rope_scaling=_LLAMA32_ROPE, tie_embeddings=True),
-    "llama3.2-3b": dict(vocab_size=128_256, dim=3072, n_layers=28, n_heads=24, n_kv_heads=8,
-                        head_dim=128, ffn_dim=8192, max_seq_len=131_072, rope_theta=5e5,
-                        rope_scaling=_LLAMA32_ROPE, tie_embeddings=True),
-    "llama3-8b": dict(vocab_size=128_256, dim=4096, n_layers=32, n_heads=32, n_kv_heads=8,
-                      head_dim=128, ffn_dim=14_336, max_seq_len=8192, rope_theta=5e5),
+    "tiny": {"vocab_size": 0, "dim": 64, "n_layers": 2, "n_heads": 8, "n_kv_heads": 4, "head_dim": 16,
+             "ffn_dim": 192, "max_seq_len": 256, "tie_embeddings": True},
+    "smollm2-135m": {"vocab_size": 49_152, "dim": 576, "n_layers": 30, "n_heads": 9, "n_kv_heads": 3,
+                     "head_dim": 64, "ffn_dim": 1536, "max_seq_len": 8192, "rope_theta": 1e5,
+                     "tie_embeddings": True},
+    "llama3.2-1b": {"vocab_size": 128_256, "dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 8,
+                    "head_dim": 64, "ffn_dim": 8192, "max_seq_len": 131_072, "rope_theta": 5e5,
+                    "rope_scaling": _LLAMA32_ROPE, "tie_embeddings": True},
+    "llama3.2-3b": {"vocab_size": 128_256, "dim": 3072, "n_layers": 28, "n_heads": 24, "n_kv_heads": 8,
+                    "head_dim": 128, "ffn_dim": 8192, "max_seq_len": 131_072, "rope_theta": 5e5,
+                    "rope_scaling": _LLAMA32_ROPE, "tie_embeddings": True},
+    "llama3-8b": {"vocab_size": 128_256, "dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8,
+                  "head_dim": 128, "ffn_dim": 14_336, "max_seq_len": 8192, "rope_theta": 5e5},
 }
 
 
@@ -254,7 +255,7 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seql
     a kernel that builds the whole score matrix.)
     """
     starts = cu_seqlens.tolist()
-    lengths = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+    lengths = [end - start for start, end in pairwise(starts)]
     by_length = sorted(range(len(lengths)), key=lambda i: lengths[i])
     in_order = by_length == list(range(len(lengths)))
     order = q.new_empty(0, dtype=torch.long)
@@ -269,7 +270,7 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seql
             continue
         batch = [x[part].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v)]
         #   (count*length, H, D) -> (count, length, H, D) -> (count, H, length, D)
-        out = F.scaled_dot_product_attention(*batch, is_causal=True,
+        out = F.scaled_dot_product_attention(batch[0], batch[1], batch[2], is_causal=True,
                                              enable_gqa=q.shape[1] != k.shape[1])
         outputs.append(out.transpose(1, 2).flatten(0, 1))  # -> (count*length, H, D)
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -291,8 +292,10 @@ def attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
     """PyTorch's own variable-length flash attention: one kernel for all documents (CUDA, 16 bit)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
-                       window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1])
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
+                      window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1])
+    assert isinstance(out, Tensor)  # it is a pair only when the log-sum-exp is asked for
+    return out
 
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
@@ -409,7 +412,7 @@ class _Exchange(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _Exchange.apply(grad.contiguous(), ctx.group), None
 
 
@@ -425,8 +428,7 @@ def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_s
     Raises ValueError when the heads cannot be shared by P ranks. Source: 2309.14509; ProLong A.3.
     """
     P = dist.get_world_size(group)
-    T, H, D = q.shape
-    H_kv = k.shape[1]
+    T, H, H_kv = q.shape[0], q.shape[1], k.shape[1]
     if P not in valid_seq_parallel_sizes(H, H_kv):
         raise ValueError(f"{H} query heads and {H_kv} KV heads cannot be shared by "
                          f"seq_parallel_size={P}; choose one of {valid_seq_parallel_sizes(H, H_kv)}")

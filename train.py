@@ -51,12 +51,11 @@ from tqdm import tqdm
 
 import eval as evaluation
 from data import (
+    REAL_TEXT,
     Batch,
     Mixture,
     PackedDataset,
-    PackedSequence,
     PackReport,
-    REAL_TEXT,
     Tokenizer,
     arrange_step,
     format_length,
@@ -120,16 +119,24 @@ def _with_short_mix(long: dict[str, float]) -> dict[str, float]:
     return long | {name: rest * share / sum(SHORT_MIX.values()) for name, share in SHORT_MIX.items()}
 
 
-# Float32: the matmuls are too small to gain from bfloat16, and its flash backward on a CPU is slower.
-_TINY = dict(batch_tokens=2048, lr=3e-3, min_lr=3e-4, dtype="float32")
+def _tiny(name: str, seq_len: int, rope_theta: float, steps: int, batch_tokens: int,
+          mixture: dict[str, float]) -> Stage:
+    """A stage of the tiny recipe. Float32, because on a CPU such small matmuls gain nothing from bfloat16,
+    and its flash backward is half as slow again.
+    """
+    return Stage(name, seq_len, rope_theta, mixture, tokens=steps * batch_tokens, batch_tokens=batch_tokens,
+                 lr=3e-3, min_lr=3e-4, dtype="float32")
+
 
 RECIPES: dict[str, list[Stage]] = {
     "tiny": [
-        Stage("base", 256, 1e4, {"recall_bare-256": 1.0}, tokens=2400 * 2048, **_TINY),
-        Stage("long", 2048, 8e4, {"recall_bare-256": 0.3, "recall-2k": 0.5, "code_repos-2k": 0.1,
-                                  "icl-2k": 0.1}, tokens=1500 * 2048, **_TINY),
-        Stage("ultra", 16_384, 6.4e5, {"recall_bare-256": 0.1, "recall-16k": 0.7, "code_repos-16k": 0.1,
-                                       "icl-2k": 0.1}, tokens=80 * 16_384, **(_TINY | {"batch_tokens": 16_384})),
+        _tiny("base", 256, 1e4, 2400, 2048, {"recall_bare-256": 1.0}),
+        _tiny("long", 2048, 8e4, 1500, 2048,
+              {"recall_bare-256": 0.15, "recall-256": 0.10, "recall-2k": 0.50, "code_repos-2k": 0.10,
+               "textbooks-2k": 0.03, "short": 0.05, "icl-2k": 0.07}),
+        _tiny("ultra", 16_384, 6.4e5, 110, 16_384,
+              {"recall_bare-256": 0.04, "recall-2k": 0.12, "recall-16k": 0.60, "code_repos-16k": 0.12,
+               "textbooks-16k": 0.03, "short": 0.03, "icl-2k": 0.06}),
     ],
     "prolong": [
         Stage("64k", 65_536, 8e6, _with_short_mix({"code_repos-64k": 0.30, "books-64k": 0.30,
@@ -509,9 +516,15 @@ def newest_checkpoint(run: Path) -> Path:
 class Log:
     """log.jsonl, one object a step, and a progress bar on a terminal or a line now and then elsewhere."""
 
-    def __init__(self, run: Path, parallel: Parallel) -> None:
+    def __init__(self, run: Path, parallel: Parallel, tokens_seen: int = 0) -> None:
+        """Begin a log, or go on after `tokens_seen`: what was logged later will be trained again."""
         self.parallel = parallel
-        self.file = open(run / "log.jsonl", "a", buffering=1) if parallel.main else None  # noqa: SIM115
+        path = run / "log.jsonl"
+        if parallel.main and tokens_seen and path.exists():
+            kept = [line for line in path.read_text().splitlines(keepends=True)
+                    if line.endswith("\n") and json.loads(line)["tokens_seen"] <= tokens_seen]
+            path.write_text("".join(kept))
+        self.file = open(path, "a", buffering=1) if parallel.main else None  # noqa: SIM115
         self.bar: Any = None
         self.printed = 0.0
 
@@ -565,13 +578,16 @@ class Run:
     log: Log
     tokens_seen: int = 0
 
+    def checkpoint(self, stage: Stage, step: int) -> Path:
+        return self.folder / "checkpoints" / f"{stage.name}-{step}"
+
     def say(self, text: str) -> None:
         if self.parallel.main:
             print(text, flush=True)
 
 
-def run_stage(run: Run, stage: Stage, resumed: dict[str, Any] | None = None) -> Path:
-    """Train one stage and save its checkpoint; return the checkpoint's folder."""
+def run_stage(run: Run, stage: Stage, resumed: dict[str, Any] | None = None) -> None:
+    """Train one stage, or what `resumed` leaves of it, and save its checkpoint."""
     config, parallel = run.config, run.parallel
     plan = StepPlan.of(stage, parallel, config.micro_batch_tokens)
     datasets = open_domains(stage, config, run.tokenizer, run.folder, parallel)
@@ -607,16 +623,14 @@ def run_stage(run: Run, stage: Stage, resumed: dict[str, Any] | None = None) -> 
                        "tok_per_s": stage.batch_tokens / seconds, "mfu": flops / seconds / peak,
                        "mem_gib": memory_gib(parallel.device), "time_s": seconds}, stage.steps,
                       (time.monotonic() - begin) / (step + 1 - first) * (stage.steps - step - 1))
-        if step + 1 == stage.steps or config.save_every and (step + 1) % config.save_every == 0:
-            folder = run.folder / "checkpoints" / f"{stage.name}-{step + 1}"
-            save_checkpoint(folder, run.model, run.optimizer,
+        if step + 1 == stage.steps or (config.save_every and (step + 1) % config.save_every == 0):
+            save_checkpoint(run.checkpoint(stage, step + 1), run.model, run.optimizer,
                             {"stage": stage.name, "step": step + 1, "tokens_seen": run.tokens_seen,
                              "drawn": mixture.drawn, "config": asdict(config)}, parallel)
     run.log.stop()
     for name, epochs in mixture.epochs().items():
         if epochs > 1:
             run.say(f"note: {name} was seen {epochs:.1f} times; its sequences repeated")
-    return run.folder / "checkpoints" / f"{stage.name}-{stage.steps}"
 
 
 def announce_stage(run: Run, stage: Stage, plan: StepPlan, mixture: Mixture) -> None:
@@ -639,49 +653,82 @@ def announce_stage(run: Run, stage: Stage, plan: StepPlan, mixture: Mixture) -> 
                 f"documents, sha256 {meta['sha256'][:12]}")
 
 
-def evaluate_checkpoint(run: Run, folder: Path, stage: Stage, done: list[dict[str, Any]]) -> None:
-    """Evaluate a saved checkpoint as anybody would load it; print the table and draw all stages so far."""
-    if run.parallel.main:
-        eval_config = evaluation.EvalConfig(model=str(folder), samples=run.config.samples,
-                                            tokenizer=run.config.tokenizer)
-        model = load_pretrained(folder, device=run.parallel.device)
-        result = evaluation.evaluate(model, eval_config, stage.name)
-        evaluation.save_evaluation(result, run.folder / "eval")
+def evaluate_stage(run: Run, stage: Stage, done: list[dict[str, Any]]) -> None:
+    """Evaluate a stage's checkpoint as anybody would load it; print the table, draw all stages so far."""
+    path = run.folder / "eval" / f"{stage.name}.json"
+    if run.parallel.main and path.exists():  # a resumed run has done this one
+        done.append(json.loads(path.read_text()))
+    elif run.parallel.main:
+        checkpoint = run.checkpoint(stage, stage.steps)
+        settings = evaluation.EvalConfig(model=str(checkpoint), samples=run.config.samples,
+                                         tokenizer=run.config.tokenizer)
+        result = evaluation.evaluate(load_pretrained(checkpoint, device=run.parallel.device), settings,
+                                     stage.name)
+        evaluation.save_evaluation(result, path.parent)
         done.append(result)
         print(evaluation.format_table(done))
         figure = run.folder / "figures" / "recall_by_length.png"
         drawn = evaluation.draw_recall(done, figure)
-        print(f"figure: {figure}" if drawn else "no figure: install the `plots` extra (matplotlib)", flush=True)
+        print(f"figure: {figure}" if drawn else "no figure: matplotlib, the `plots` extra, is not installed",
+              flush=True)
     dist.barrier()
 
 
 def train(config: TrainConfig) -> Path:
-    """Run the chosen stages; return the run folder."""
+    """Run the chosen stages, or what is left of them; return the run folder."""
+    config = config_to_resume(config) if config.resume else config
     tokenizer = load_tokenizer(config.tokenizer)
-    if config.init:
-        source = Path(config.init)
-        source = newest_checkpoint(source) if (source / "checkpoints").is_dir() else source
+    source, state = find_source(config)
+    if source:
         model = load_pretrained(source, dtype=torch.float32)
     else:
         model = Transformer(preset_config(config.model, tokenizer.vocab_size)).init_weights(config.seed)
     model.backend = config.attention
     stages = choose_stages(config, model.config.head_dim)
     parallel = start_parallel(config, model, stages)
-    run_folder = make_run_folder(config, parallel)
-    model = shard_model(model.to(parallel.device), parallel, choose_dtype(stages[0].dtype, parallel.device)[0])
-    optimizer = make_optimizer(model, config.weight_decay)
-    run = Run(config, run_folder, parallel, tokenizer, model, optimizer, Log(run_folder, parallel))
-    if config.init and (source / "state.json").exists():
-        load_checkpoint(source, model, optimizer, parallel)
-        run.say(f"init: weights and Adam's moments of {source}")
-    run.say(f"run folder: {run_folder}; torch {torch.__version__}; "
+    folder = make_run_folder(config, parallel)
+    dtype = choose_dtype(stages[0].dtype, parallel.device)[0]
+    model = shard_model(model.to(parallel.device), parallel, dtype)
+    run = Run(config, folder, parallel, tokenizer, model, make_optimizer(model, config.weight_decay),
+              Log(folder, parallel, state["tokens_seen"] if config.resume and state else 0))
+    run.say(f"run folder: {folder}; torch {torch.__version__}; "
             f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    if source and state:
+        load_checkpoint(source, model, run.optimizer, parallel)
+    if source:
+        run.say(f"start: {source}, " + ("with Adam's moments" if state else "weights alone"))
+    first = 0
+    if config.resume and state:  # stages before this one are done, and of this one state["step"] steps
+        first, run.tokens_seen = [s.name for s in stages].index(state["stage"]), state["tokens_seen"]
     done: list[dict[str, Any]] = []
-    for stage in stages:
-        folder = run_stage(run, stage)
+    for i, stage in enumerate(stages):
+        if i >= first:
+            run_stage(run, stage, state if config.resume and i == first else None)
         if config.eval:
-            evaluate_checkpoint(run, folder, stage, done)
-    return run_folder
+            evaluate_stage(run, stage, done)
+    return folder
+
+
+def config_to_resume(config: TrainConfig) -> TrainConfig:
+    """The interrupted run's own settings. Raises ValueError for others given beside --resume."""
+    path = Path(config.resume) / "config.json"
+    if changed := asdict(config).items() - asdict(TrainConfig(resume=config.resume)).items():
+        raise ValueError(f"--resume goes on with the settings in {path}; drop --{min(changed)[0]}, "
+                         "or start a new run with --init")
+    try:
+        return TrainConfig(**json.loads(path.read_text()) | {"resume": config.resume, "out": config.resume})
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not the configuration of a run: {error}") from None
+
+
+def find_source(config: TrainConfig) -> tuple[Path | None, dict[str, Any] | None]:
+    """The folder whose weights to start from, and its training state if it is one of our checkpoints."""
+    if not (config.resume or config.init):
+        return None, None
+    source = Path(config.resume or config.init)
+    if config.resume or (source / "checkpoints").is_dir():
+        source = newest_checkpoint(source)
+    return source, read_state(source) if (source / "state.json").exists() else None
 
 
 def start_parallel(config: TrainConfig, model: Transformer, stages: Sequence[Stage]) -> Parallel:
@@ -701,6 +748,8 @@ def start_parallel(config: TrainConfig, model: Transformer, stages: Sequence[Sta
 def make_run_folder(config: TrainConfig, parallel: Parallel) -> Path:
     """Make the run folder: the one asked for, or the first free of runs/tiny, runs/tiny-2, ..."""
     base = Path(config.out or f"runs/{config.recipe}")
+    if config.resume:
+        return base
     if config.out and (base / "log.jsonl").exists():
         raise ValueError(f"--out {base} holds a run already; choose another, or go on with --resume {base}")
     folder, n = base, 1
@@ -721,6 +770,9 @@ def main() -> None:
         train(config)
     except Diverged as error:
         raise SystemExit(f"train.py: diverged: {error}") from None
+    except KeyboardInterrupt:
+        print("train.py: interrupted; go on with --resume", file=sys.stderr)
+        raise SystemExit(130) from None  # 128 + SIGINT, the shell's convention
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1,0 +1,1020 @@
+"""Tests of data.py: what goes in comes out, in order, once, and what is dropped is counted.
+
+Proved here, mostly by an independent and slower way to say the same:
+
+    lengths, command line   parse and format are inverses; a mistake ends in one line and exit code 2
+    tokenizer               text -> ids -> text is the identity; text never becomes a special token
+    packing                 sequences laid end to end are the documents, cut where the rule says
+    disk                    written = read; half-written or damaged folders do not open
+    mixture                 every prefix keeps the shares to within one sequence; resumed = uninterrupted
+    batches                 packed = separate documents; shards laid end to end are the batch
+    embedded domains        every question has its answer; the same packs whatever the order on disk
+
+The embedded domains read a small made-up Python installation, so that each expected text is known.
+"""
+
+import json
+import math
+import random
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, fields
+from itertools import islice, pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
+from data import (
+    IGNORE_INDEX,
+    Batch,
+    Document,
+    Mixture,
+    PackConfig,
+    PackedDataset,
+    PackedSequence,
+    PackReport,
+    Tokenizer,
+    add_config_args,
+    arrange_step,
+    format_length,
+    load_tokenizer,
+    option,
+    pack_builtin,
+    pack_long,
+    pack_sft,
+    pack_short,
+    parse_cli,
+    parse_length,
+    parse_mixture,
+    run_main,
+    write_packed,
+)
+
+REPOSITORY = Path(data.__file__).parent
+
+# The same examples at every run: a failure is a change in the code, not luck.
+settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=60)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return load_tokenizer("bytes")
+
+
+# --- 1. Lengths and the command line ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("text", "tokens"), [
+    ("512k", 524_288), ("64K", 65_536), ("4m", 4 * 2**20), ("20b", 20 * 2**30), ("20B", 20 * 2**30),
+    ("2048", 2048), (2048, 2048), ("1", 1), ("03k", 3072),
+])
+def test_parse_length_is_binary(text, tokens):
+    """k, m and b are powers of two, in either case; a plain number is itself."""
+    assert parse_length(text) == tokens
+
+
+@pytest.mark.parametrize("text", ["12q", "", "-1", "0", "0k", "1.5k", "k", "2kk", "2km", "k2", "2 k", " 2k",
+                                  "1e3", "0x10", "1_000", "+1", 0, -1, 2.5, None, True])
+def test_parse_length_refuses_what_is_no_length(text):
+    """Anything but a positive whole number with one unit is refused, and shown in the message."""
+    with pytest.raises(ValueError, match=re.escape(repr(text))):
+        parse_length(text)
+
+
+@given(st.integers(1, 2**45) | st.integers(1, 2**10).map(lambda n: n * 2**20))
+def test_format_length_is_parse_lengths_inverse(tokens):
+    """A length survives being written and read, and is never written longer than plainly."""
+    text = format_length(tokens)
+    assert parse_length(text) == tokens
+    assert len(text) <= max(2, len(str(tokens)))
+
+
+@pytest.mark.parametrize(("tokens", "text"), [(1, "1"), (1000, "1000"), (1024, "1k"), (1536, "1536"),
+                                              (2**20, "1m"), (3 * 2**30, "3b"), (524_288, "512k")])
+def test_format_length_examples(tokens, text):
+    """The largest unit that divides is the one written."""
+    assert format_length(tokens) == text
+
+
+@dataclass(frozen=True)
+class Options:
+    """One field of each kind that a config may have."""
+
+    seq_len: int = option(2048, "tokens", parse_length)
+    lr: float | None = option(None, "learning rate", float)
+    name: str = option("tiny", "a name")
+    reorder: bool = option(True, "sort a step's sequences")
+    plan: bool = option(False, "only say what would be done")
+
+
+def _option_strings(config: type) -> set[str]:
+    parser = data._Parser(add_help=False)
+    add_config_args(parser, config)
+    return {flag for action in parser._actions for flag in action.option_strings}
+
+
+def test_every_field_is_an_option():
+    """Underscores become dashes, and a bool gets its --no- twin; there is nothing else."""
+    assert _option_strings(Options) == {"--seq-len", "--lr", "--name", "--reorder", "--no-reorder",
+                                        "--plan", "--no-plan"}
+    assert _option_strings(PackConfig) == {"--" + f.name.replace("_", "-") for f in fields(PackConfig)}
+
+
+@pytest.mark.parametrize(("argv", "config"), [
+    ([], Options()),
+    (["--seq-len", "2k", "--lr", "1e-5"], Options(seq_len=2048, lr=1e-5)),
+    (["--seq-len=64k", "--name=", "--no-reorder"], Options(seq_len=65_536, name="", reorder=False)),
+    (["--no-reorder", "--reorder", "--plan"], Options(reorder=True, plan=True)),
+    (["--plan", "--no-plan", "--lr", "-1"], Options(lr=-1.0)),
+])
+def test_parse_cli_fills_the_config(argv, config):
+    """Options reach their fields with the right type; the later of two wins; the rest is default."""
+    assert parse_cli(Options, "doc", argv) == config
+
+
+@pytest.mark.parametrize(("argv", "named"), [
+    (["--unknown", "1"], "--unknown"), (["--seq", "2k"], "--seq"), (["--no-seq-len"], "--no-seq-len"),
+    (["--seq-len", "12q"], "'12q' is not a positive whole number"), (["--seq-len"], "--seq-len"),
+    (["--lr", "fast"], "fast"), (["--reorder=yes"], "yes"), (["stray"], "stray"),
+])
+def test_a_wrong_command_line_ends_in_one_line(argv, named, capsys):
+    """Unknown, abbreviated, valueless or badly valued: exit code 2, one line that names the culprit."""
+    with pytest.raises(SystemExit) as exit:
+        parse_cli(Options, "doc", argv)
+    out, err = capsys.readouterr()
+    assert exit.value.code == 2
+    assert (out, err.count("\n"), err[-1]) == ("", 1, "\n")
+    assert named in err
+
+
+def test_help_shows_every_option_with_its_default(capsys):
+    """The help text comes from the fields: each flag, its help, its default."""
+    with pytest.raises(SystemExit) as exit:
+        parse_cli(PackConfig, "What it does.", ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert exit.value.code == 0
+    assert "What it does." in text
+    for field in fields(PackConfig):
+        assert f"{field.metadata['help']} (default: {field.default})" in text
+
+
+def test_run_main_makes_a_value_error_one_line(capsys):
+    """A ValueError is the user's mistake: one line, exit code 2."""
+
+    def main():
+        raise ValueError("seq is too long")
+
+    with pytest.raises(SystemExit) as exit:
+        run_main(main)
+    assert exit.value.code == 2
+    assert re.fullmatch(r"\S+: error: seq is too long\n", capsys.readouterr().err)
+
+
+def test_run_main_lets_bugs_through():
+    """Any other exception is a bug, and keeps its traceback."""
+
+    def main():
+        raise KeyError("bug")
+
+    with pytest.raises(KeyError):
+        run_main(main)
+
+
+# --- 2. Tokenizer -----------------------------------------------------------------------------------
+
+
+@given(st.text())
+def test_encode_then_decode_is_the_identity(text):
+    """Text comes back, and the ids are its UTF-8 bytes."""
+    tokenizer = load_tokenizer()
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.uint32
+    assert ids.tolist() == list(text.encode())
+    assert tokenizer.decode(ids) == text
+
+
+def test_special_tokens_are_never_made_from_text(tokenizer):
+    """A special token's name inside a document is encoded letter by letter."""
+    for name, special_id in tokenizer.encoding._special_tokens.items():
+        assert special_id >= 256
+        ids = tokenizer.document(f"before{name}after").input_ids
+        assert ids[0] == tokenizer.bos_id and ids[-1] == tokenizer.eos_id
+        assert ids[1:-1].tolist() == list(f"before{name}after".encode())
+        assert tokenizer.decode([special_id]) == name
+
+
+def test_special_ids_fit_the_vocabulary(tokenizer):
+    """256 bytes and five special tokens, begin and end among them and different."""
+    assert tokenizer.vocab_size == 256 + 5
+    assert 256 <= tokenizer.bos_id < tokenizer.vocab_size
+    assert 256 <= tokenizer.eos_id < tokenizer.vocab_size
+    assert tokenizer.bos_id != tokenizer.eos_id
+
+
+@pytest.mark.parametrize("letter", ["a", " ", "\n", "é"])
+def test_long_runs_of_one_letter_are_fast(tokenizer, letter):
+    """A million times one letter takes less than a second: no quadratic merging."""
+    begin = time.monotonic()
+    assert len(tokenizer.encode(letter * 10**6)) == len(letter.encode()) * 10**6
+    assert time.monotonic() - begin < 1
+
+
+def _other_tokenizer(pattern=r"[\s\S]{1,256}", merges=None, **special) -> Tokenizer:
+    ranks = {bytes([i]): i for i in range(256)} | (merges or {})
+    names = {"<|begin_of_text|>": 300, "<|end_of_text|>": 301} | special
+    encoding = tiktoken.Encoding("bytes", pat_str=pattern, special_tokens=names, mergeable_ranks=ranks)
+    return Tokenizer("bytes", encoding, "<|begin_of_text|>", "<|end_of_text|>")
+
+
+def test_fingerprint_tells_tokenizers_apart():
+    """Two loads agree; another special token, id, merge, order of merges or pattern does not."""
+    assert load_tokenizer().fingerprint == load_tokenizer().fingerprint
+    assert re.fullmatch("[0-9a-f]{16}", load_tokenizer().fingerprint)
+    others = [load_tokenizer(), _other_tokenizer(), _other_tokenizer(x=302), _other_tokenizer(x=303),
+              _other_tokenizer(y=302), _other_tokenizer(merges={b"ab": 256}),
+              _other_tokenizer(merges={b"ab": 256, b"bc": 257}),
+              _other_tokenizer(merges={b"bc": 256, b"ab": 257}), _other_tokenizer(pattern=r"[\s\S]{1,8}")]
+    assert len({other.fingerprint for other in others}) == len(others)
+
+
+@pytest.mark.parametrize("spec", ["", "Bytes", "gpt2", "/nowhere/tokenizer.model"])
+def test_unknown_tokenizers_are_refused(spec):
+    """A spec that is not known is an error that names it, never a default."""
+    with pytest.raises(ValueError, match=re.escape(repr(spec))):
+        load_tokenizer(spec)
+
+
+# --- 3. Packing ---------------------------------------------------------------------------------------
+#
+# Every token of these documents has a number of its own, so that a sequence says which tokens it took.
+
+
+def make_documents(specs: list[tuple[int, bool]]) -> list[Document]:
+    """Documents of the given lengths; where a spec says so, with a mask: multiples of 3 are not trained."""
+    documents, begin = [], 0
+    for n, masked in specs:
+        ids = np.arange(begin, begin + n, dtype=np.uint32)
+        documents.append(Document(ids, ids % 3 != 0 if masked else None))
+        begin += n
+    return documents
+
+
+def trained(part: Document | PackedSequence) -> list[bool]:
+    return [True] * len(part.input_ids) if part.loss_mask is None else part.loss_mask.tolist()
+
+
+def laid_end_to_end(parts) -> tuple[list[int], list[bool]]:
+    """All tokens of documents or sequences, and which of them are trained on."""
+    return ([i for part in parts for i in part.input_ids.tolist()],
+            [flag for part in parts for flag in trained(part)])
+
+
+DOCUMENTS = st.lists(st.tuples(st.integers(0, 40), st.booleans()), max_size=12).map(make_documents)
+PAPER_EXAMPLE = make_documents([(11, False), (3, False), (7, False), (4, False)])  # a, b, c, d of data.py
+
+
+@given(DOCUMENTS, st.integers(1, 12), st.integers(1, 4))
+def test_pack_long_keeps_whole_pieces_in_order(documents, doc_len, pieces_each):
+    """Whole pieces only, in order, and every token is either packed or counted as dropped."""
+    report = PackReport()
+    sequences = list(pack_long(documents, doc_len, doc_len * pieces_each, report))
+    pieces = [d[i * doc_len:(i + 1) * doc_len] for d in documents for i in range(len(d) // doc_len)]
+    kept = pieces[:len(pieces) // pieces_each * pieces_each]
+    assert laid_end_to_end(sequences) == laid_end_to_end(kept)
+    for i, sequence in enumerate(sequences):
+        assert sequence.doc_lens == (doc_len,) * pieces_each
+        assert len(sequence.input_ids) == doc_len * pieces_each
+        mine = kept[i * pieces_each:(i + 1) * pieces_each]
+        assert (sequence.loss_mask is None) == all(piece.loss_mask is None for piece in mine)
+    assert report.documents_in == len(documents)
+    assert report.documents_dropped == sum(len(d) < doc_len for d in documents)
+    assert report.tokens_in == sum(map(len, documents))
+    assert report.tokens_packed == sum(len(s.input_ids) for s in sequences)
+    assert report.tokens_in == report.tokens_packed + report.tokens_dropped
+
+
+@given(DOCUMENTS, st.integers(1, 30))
+def test_pack_short_loses_nothing(documents, seq_len):
+    """The sequences are the documents laid end to end, cut every seq_len tokens, with their ends kept."""
+    report = PackReport()
+    sequences = list(pack_short(documents, seq_len, report))
+    ids, flags = laid_end_to_end(documents)
+    packed = len(ids) // seq_len * seq_len
+    assert laid_end_to_end(sequences) == (ids[:packed], flags[:packed])
+    assert all(len(s.input_ids) == sum(s.doc_lens) == seq_len for s in sequences)
+    assert all(n > 0 for s in sequences for n in s.doc_lens)
+    ends = set(np.cumsum([len(d) for d in documents]).tolist()) | set(range(0, packed + 1, seq_len))
+    found = np.cumsum([0] + [n for s in sequences for n in s.doc_lens]).tolist()
+    assert found == sorted(end for end in ends if end <= packed)
+    assert (report.documents_in, report.tokens_in) == (len(documents), len(ids))
+    assert (report.tokens_packed, report.tokens_dropped) == (packed, len(ids) - packed)
+
+
+@given(DOCUMENTS, st.integers(1, 30))
+def test_pack_sft_never_begins_inside_a_document(documents, seq_len):
+    """Documents in order, each from its first token; only a sequence's last may lack its tail."""
+    report = PackReport()
+    sequences = list(pack_sft(documents, seq_len, report))
+    remaining = iter([d for d in documents if len(d)])
+    kept = []
+    for sequence in sequences:
+        assert sum(sequence.doc_lens) == len(sequence.input_ids) == seq_len
+        for i, n in enumerate(sequence.doc_lens):
+            document = next(remaining)
+            assert n == len(document) or (n < len(document) and i == len(sequence.doc_lens) - 1)
+            kept.append(document[:n])
+    assert laid_end_to_end(sequences) == laid_end_to_end(kept)
+    assert sum(map(len, remaining)) < seq_len  # nothing that could have filled a sequence was left
+    assert report.tokens_in == sum(map(len, documents))
+    assert report.tokens_packed == len(sequences) * seq_len
+    assert report.tokens_in == report.tokens_packed + report.tokens_dropped
+
+
+@pytest.mark.parametrize(("pack", "ids", "doc_lens"), [
+    (lambda d: pack_long(d, 8), [range(0, 8)], [(8,)]),
+    (lambda d: pack_long(d, 2, 8), [range(0, 8), [8, 9, 11, 12, 14, 15, 16, 17]], [(2,) * 4] * 2),
+    (lambda d: pack_short(d, 8), [range(0, 8), range(8, 16), range(16, 24)], [(8,), (3, 3, 2), (5, 3)]),
+    (lambda d: pack_sft(d, 8), [range(0, 8), range(11, 19)], [(8,), (3, 5)]),
+])
+def test_packing_by_hand(pack, ids, doc_lens):
+    """The example at the top of data.py, with documents of 11, 3, 7 and 4 tokens."""
+    sequences = list(pack(PAPER_EXAMPLE))
+    assert [s.input_ids.tolist() for s in sequences] == [list(part) for part in ids]
+    assert [s.doc_lens for s in sequences] == doc_lens
+
+
+def test_masks_travel_with_their_tokens():
+    """Beside a masked document, one without a mask is trained on whole; without any, there is no mask."""
+    documents = make_documents([(3, False), (5, True), (4, False), (4, False)])
+    first, second = pack_short(documents, 8)
+    assert first.loss_mask.tolist() == [True] * 3 + [False, True, True, False, True]  # 3 and 6 are not trained
+    assert second.loss_mask is None
+
+
+@pytest.mark.parametrize(("doc_len", "seq_len"), [(3, 8), (16, 8), (5, 64)])
+def test_pack_long_refuses_lengths_that_do_not_divide(doc_len, seq_len):
+    """A piece length that cannot fill a sequence is an error with both numbers."""
+    with pytest.raises(ValueError, match=rf"{doc_len}\b.*\b{seq_len}\b"):
+        list(pack_long(PAPER_EXAMPLE, doc_len, seq_len))
+
+
+@pytest.mark.parametrize("pack", [lambda d: pack_long(d, 8), lambda d: pack_short(d, 8),
+                                  lambda d: pack_sft(d, 8)])
+def test_packing_is_lazy(pack):
+    """The first sequence needs only the documents it is made of: a corpus need not fit in memory."""
+    endless = (Document(np.full(8, i, np.uint32)) for i in iter(int, None))  # zeros without end
+    assert [s.doc_lens for s in islice(pack(endless), 3)] == [(8,)] * 3
+
+
+# --- 4. Batches ------------------------------------------------------------------------------------------
+
+
+def test_batch_by_hand():
+    """Labels are the next token, none at a document's end, none where the target is masked."""
+    no = IGNORE_INDEX
+    one = PackedSequence(np.arange(10, 18, dtype=np.uint32), (3, 5), None, "one[0]")
+    mask = np.array([1, 0, 1, 1, 0, 0, 1, 1], bool)
+    two = PackedSequence(np.arange(20, 28, dtype=np.uint32), (1, 7), mask, "two[4]")
+    batch = Batch.of([one, two])
+    assert batch.input_ids.tolist() == [*range(10, 18), *range(20, 28)]
+    assert batch.labels.tolist() == [11, 12, no, 14, 15, 16, 17, no,
+                                     no, 22, 23, no, no, 26, 27, no]
+    assert batch.doc_lens == (3, 5, 1, 7)
+    assert batch.sources == ("one[0]", "two[4]")
+    assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
+
+
+@given(DOCUMENTS.filter(lambda documents: sum(map(len, documents)) >= 24), st.sampled_from([8, 12, 24]))
+def test_packed_labels_are_those_of_separate_documents(documents, seq_len):
+    """Batching many documents gives each the labels it has in a batch of its own: nothing crosses."""
+    sequences = list(pack_short(documents, seq_len))
+    packed = Batch.of(sequences)
+    separate, ids, flags = [], *laid_end_to_end(sequences)
+    for n in packed.doc_lens:
+        mine, mask = np.array(ids[:n], np.uint32), np.array(flags[:n])
+        del ids[:n], flags[:n]
+        alone = Batch.of([PackedSequence(mine, (n,), mask)])
+        assert alone.labels.tolist() == [int(i) if flag else IGNORE_INDEX
+                                         for i, flag in zip(mine[1:], mask[1:], strict=True)] + [IGNORE_INDEX]
+        separate.append(alone.labels)
+    assert torch.equal(packed.labels, torch.cat(separate))
+    ends = np.cumsum(packed.doc_lens)
+    assert (packed.labels[ends - 1] == IGNORE_INDEX).all()
+    firsts = set(packed.input_ids[np.append(0, ends[:-1])].tolist())
+    assert firsts.isdisjoint(packed.labels.tolist())
+
+
+@given(DOCUMENTS.filter(lambda documents: sum(map(len, documents)) >= 24), st.sampled_from([1, 2, 3, 4, 8, 24]))
+def test_shards_laid_end_to_end_are_the_batch(documents, sp_size):
+    """The ranks' shares, in rank order, are the whole, equally long, labels included."""
+    batch = Batch.of(list(pack_short(documents, 24)))
+    ids, labels = zip(*(batch.shard(rank, sp_size) for rank in range(sp_size)), strict=True)
+    assert torch.equal(torch.cat(ids), batch.input_ids)
+    assert torch.equal(torch.cat(labels), batch.labels)
+    assert {len(part) for part in (*ids, *labels)} == {len(batch.input_ids) // sp_size}
+
+
+# --- 5. Packed sequences on disk -------------------------------------------------------------------------
+
+
+def write(folder: Path, sequences, seq_len: int = 8, report: PackReport | None = None) -> None:
+    write_packed(folder, sequences, load_tokenizer(), seq_len, "short", 7, report or PackReport())
+
+
+@pytest.fixture
+def packed(tmp_path) -> Path:
+    """A folder of three sequences with a mask: doc_lens (8,), (3, 3, 2), (5, 3)."""
+    write(tmp_path / "set", pack_short(make_documents([(11, True), (3, True), (7, True), (4, True)]), 8))
+    return tmp_path / "set"
+
+
+@given(DOCUMENTS.filter(lambda documents: sum(map(len, documents)) >= 8))
+@settings(max_examples=25)
+def test_written_sequences_are_read_back(tmp_path_factory, documents):
+    """Ids, document lengths and masks survive the disk, whether all, some or none have a mask."""
+    folder, report = tmp_path_factory.mktemp("packs") / "set", PackReport()
+    write(folder, pack_short(documents, 8, report), report=report)
+    dataset, sequences = PackedDataset(folder), list(pack_short(documents, 8))
+    assert len(dataset) == len(sequences)
+    for i, sequence in enumerate(sequences):
+        assert dataset[i].input_ids.tolist() == sequence.input_ids.tolist()
+        assert dataset[i].doc_lens == sequence.doc_lens
+        assert trained(dataset[i]) == trained(sequence)
+        assert dataset[i].source == f"set[{i}]"
+    assert (dataset.loss_mask is None) == all(s.loss_mask is None for s in sequences)
+    assert (dataset.seq_len, dataset.domain, dataset.meta["seed"]) == (8, "short", 7)
+    assert dataset.meta["tokens_dropped"] == report.tokens_dropped
+
+
+def test_the_checksum_is_that_of_the_content(tmp_path):
+    """The same sequences give the same sha256; one other token gives another."""
+    documents = make_documents([(8, False), (8, False)])
+    other = [documents[0], Document(documents[1].input_ids ^ 1)]
+    for name, content in (("a", documents), ("b", documents), ("c", other)):
+        write(tmp_path / name, pack_short(content, 8))
+    a, b, c = (PackedDataset(tmp_path / name).meta["sha256"] for name in "abc")
+    assert a == b != c
+
+
+def test_an_interrupted_write_leaves_nothing_that_opens(tmp_path):
+    """An exception between two sequences leaves no such folder, and the next attempt succeeds."""
+
+    def interrupted():
+        yield from pack_short(PAPER_EXAMPLE, 8)
+        raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        write(tmp_path / "set", interrupted())
+    assert not (tmp_path / "set").exists()
+    for leftover in tmp_path.iterdir():
+        with pytest.raises(ValueError, match="not a packed data folder"):
+            PackedDataset(leftover)
+    write(tmp_path / "set", pack_short(PAPER_EXAMPLE, 8))
+    assert len(PackedDataset(tmp_path / "set")) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_an_existing_folder_is_never_overwritten(packed):
+    """Writing where something lies is refused, and what lies there stays as it was."""
+    before = {path.name: path.read_bytes() for path in packed.iterdir()}
+    with pytest.raises(ValueError, match="exists already"):
+        write(packed, pack_short(PAPER_EXAMPLE, 8))
+    assert {path.name: path.read_bytes() for path in packed.iterdir()} == before
+
+
+def test_nothing_to_write_is_an_error(tmp_path):
+    """When every document was too short, the message counts them, and no folder is left."""
+    report = PackReport()
+    with pytest.raises(ValueError, match=r"none of its 4 documents \(25 tokens\) fills .* 32 tokens"):
+        write(tmp_path / "set", pack_long(PAPER_EXAMPLE, 32, report=report), seq_len=32, report=report)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _edit_meta(**changes):
+    """Damage: write other values into meta.json; None takes the key away."""
+
+    def damage(folder: Path) -> None:
+        meta = json.loads((folder / "meta.json").read_text()) | changes
+        meta = {key: value for key, value in meta.items() if value is not None}
+        (folder / "meta.json").write_text(json.dumps(meta))
+
+    return damage
+
+
+def _replace(name: str, values: list[int] | str | bytes, dtype: type = np.uint32):
+    """Damage: other content for a file."""
+
+    def damage(folder: Path) -> None:
+        if isinstance(values, list):
+            (folder / name).write_bytes(np.array(values, dtype).tobytes())
+        else:
+            (folder / name).write_bytes(values if isinstance(values, bytes) else values.encode())
+
+    return damage
+
+
+def _truncate(name: str):
+    """Damage: a file lacks its last byte."""
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(("damage", "named"), [
+    (lambda folder: (folder / "meta.json").unlink(), "set"),
+    (_replace("meta.json", "{"), "meta.json"),
+    (_replace("meta.json", b"\xff\xfe"), "meta.json"),
+    (_replace("meta.json", "[" * 100_000), "meta.json"),
+    (_replace("meta.json", "[]"), "meta.json"),
+    (_edit_meta(format="packed-0"), "meta.json"),
+    (_edit_meta(format=None), "meta.json"),
+    (_edit_meta(seq_len=None), "'seq_len'"),
+    (_edit_meta(seq_len="8"), "'seq_len'"),
+    (_edit_meta(seq_len=8.0), "'seq_len'"),
+    (_edit_meta(seq_len=True), "'seq_len'"),
+    (_edit_meta(seq_len=0), "meta.json"),
+    (_edit_meta(seq_len=2**32), "meta.json"),
+    (_edit_meta(seq_len=16), "input_ids.bin"),
+    (_edit_meta(sequences=-3), "'sequences'"),
+    (_edit_meta(sequences=0), "meta.json"),
+    (_edit_meta(sequences=7), "meta.json"),  # more than there are documents
+    (_edit_meta(sequences=2), "input_ids.bin"),
+    (_edit_meta(documents=7), "doc_lens.bin"),
+    (_edit_meta(has_loss_mask=1), "'has_loss_mask'"),
+    (_edit_meta(domain=None), "'domain'"),
+    (_edit_meta(tokenizer_fingerprint=0), "'tokenizer_fingerprint'"),
+    (_truncate("input_ids.bin"), "input_ids.bin"),
+    (_truncate("doc_lens.bin"), "doc_lens.bin"),
+    (_truncate("doc_ends.bin"), "doc_ends.bin"),
+    (_truncate("loss_mask.bin"), "loss_mask.bin"),
+    (lambda folder: (folder / "loss_mask.bin").unlink(), "loss_mask.bin"),
+    (_replace("doc_lens.bin", [8, 3, 3, 2, 5, 4]), "set: .*add up"),
+    (_replace("doc_lens.bin", [8, 3, 3, 5, 2, 3]), "set: .*add up"),
+    (_replace("doc_ends.bin", [1, 4, 5], np.int64), "set: .*add up"),
+    (_replace("doc_ends.bin", [4, 1, 6], np.int64), "set: .*add up"),
+    (_replace("doc_ends.bin", [0, 4, 6], np.int64), "set: .*add up"),
+    (_replace("doc_ends.bin", [-1, 4, 6], np.int64), "set: .*add up"),
+    (_replace("doc_ends.bin", [1, 4, 9], np.int64), "set: .*add up"),
+])
+def test_a_damaged_folder_does_not_open(packed, damage, named):
+    """Each damage is a ValueError that says where: the folder, the file or the key."""
+    PackedDataset(packed)  # whole, it opens
+    damage(packed)
+    with pytest.raises(ValueError, match=named) as error:
+        PackedDataset(packed)
+    assert str(packed) in str(error.value)
+
+
+@pytest.mark.parametrize("make", [lambda path: None, Path.mkdir, Path.touch])
+def test_what_is_no_packed_folder_does_not_open(tmp_path, make):
+    """A missing path, an empty folder and a plain file are named, with the command that makes a folder."""
+    make(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"nothing is not a packed data folder.*data\.py pack"):
+        PackedDataset(tmp_path / "nothing")
+
+
+def test_another_tokenizer_is_refused(packed):
+    """Ids mean nothing to another table: its fingerprint and the folder's are both shown."""
+    dataset, other = PackedDataset(packed), _other_tokenizer()
+    dataset.check_tokenizer(load_tokenizer())
+    with pytest.raises(ValueError, match=load_tokenizer().fingerprint) as error:
+        dataset.check_tokenizer(other)
+    assert str(packed) in str(error.value) and other.fingerprint in str(error.value)
+
+
+# --- 6. The mixture ----------------------------------------------------------------------------------------
+#
+# A mixture asks its data sets for their length and their items, so a list of names will do.
+
+
+def make_mixture(shares: dict[str, float], sizes: int | dict[str, int] = 5, seed: int = 0) -> Mixture:
+    lengths = sizes if isinstance(sizes, dict) else dict.fromkeys(shares, sizes)
+    return Mixture({name: [f"{name}{i}" for i in range(n)] for name, n in lengths.items()}, shares, seed)
+
+
+SHARES = st.lists(st.floats(1e-4, 1e4) | st.integers(1, 9) | st.just(0), min_size=1, max_size=9).filter(any).map(
+    lambda shares: {chr(ord("a") + i): float(share) for i, share in enumerate(shares)})
+
+
+@given(SHARES)
+def test_shares_hold_at_every_prefix_to_within_one(shares):
+    """After any n draws, a domain with share s has given less than one sequence more or fewer than s n."""
+    mixture, total, given_so_far = make_mixture(shares), math.fsum(shares.values()), Counter()
+    for n in range(1, 250):
+        (name,) = mixture.draw(1)
+        given_so_far[name[0]] += 1
+        assert all(abs(given_so_far[d] - share / total * n) < 1 + 1e-6 for d, share in shares.items())
+    assert mixture.drawn == {d: given_so_far[d] for d, share in shares.items() if share > 0}
+
+
+def test_equal_shares_take_turns():
+    """Thirds come in threes: every three draws have one of each."""
+    names = [name[0] for name in make_mixture({"a": 1, "b": 1, "c": 1}).draw(30)]
+    assert all(sorted(names[i:i + 3]) == ["a", "b", "c"] for i in range(0, 30, 3))
+
+
+def test_an_epoch_has_every_sequence_once_and_the_next_another_order():
+    """Three epochs are three permutations, all different."""
+    mixture = make_mixture({"a": 1.0}, sizes=20)
+    epochs = [mixture.draw(20) for _ in range(3)]
+    assert all(sorted(epoch) == sorted(f"a{i}" for i in range(20)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert mixture.epochs() == {"a": 3.0}
+
+
+def test_the_seed_alone_fixes_the_order():
+    """The same seed gives the same sequences; another seed, others."""
+    shares = {"a": 0.7, "b": 0.3}
+    draws = [make_mixture(shares, 20, seed).draw(60) for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_a_domain_keeps_its_order_beside_others():
+    """The order inside a domain does not depend on what else is in the mixture."""
+    alone = make_mixture({"a": 1.0}, 20).draw(30)
+    beside = [name for name in make_mixture({"a": 0.5, "b": 0.5}, 20).draw(60) if name[0] == "a"]
+    assert beside == alone
+
+
+@given(SHARES, st.integers(0, 60), st.lists(st.integers(0, 9), max_size=5))
+def test_a_resumed_mixture_goes_on_where_it_was(shares, before, steps):
+    """Setting `drawn` is all it takes: resumed = uninterrupted, however the draws are grouped."""
+    whole = make_mixture(shares).draw(before + sum(steps))
+    first = make_mixture(shares)
+    begun = first.draw(before)
+    resumed = make_mixture(shares)
+    resumed.drawn = json.loads(json.dumps(first.drawn))  # as a checkpoint keeps it
+    assert begun + [name for n in steps for name in resumed.draw(n)] == whole
+
+
+@pytest.mark.parametrize("shares", [{}, {"a": 0.0}, {"a": 0, "b": 0}, {"a": -1, "b": 2}, {"a": math.nan},
+                                    {"a": math.inf}, {"a": 1, "b": -math.inf}, {"a": 1, "b": math.nan}])
+def test_impossible_shares_are_refused(shares):
+    """Negative, infinite, not a number, or nothing at all."""
+    with pytest.raises(ValueError, match="mixture shares"):
+        make_mixture(shares, sizes={"a": 3, "b": 3})
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_share_of_an_unknown_domain_is_refused(share):
+    """The message names the domain, and those there are."""
+    with pytest.raises(ValueError, match="'books'.*code, short"):
+        make_mixture({"code": 1.0, "books": share}, sizes={"code": 3, "short": 3})
+
+
+@pytest.mark.parametrize(("text", "shares"), [
+    ("recall-2k=0.6,code_repos-2k=0.4", {"recall-2k": 0.6, "code_repos-2k": 0.4}),
+    ("a=1", {"a": 1.0}), (" a=1, b=2 ", {"a": 1.0, "b": 2.0}), ("a=0,b=3e-1", {"a": 0.0, "b": 0.3}),
+])
+def test_parse_mixture(text, shares):
+    """Names and shares, in any scale, with blanks after the commas."""
+    assert parse_mixture(text) == shares
+
+
+@pytest.mark.parametrize("text", ["", "a", "a=", "=1", "a=x", "a=1,", ",a=1", "a=1,a=2", "a=1=2", "a:1",
+                                  "a=-1,b=2", "a=0", "a=nan", "a=inf"])
+def test_parse_mixture_refuses_what_is_no_mixture(text):
+    """Anything but NAME=SHARE, each name once, with shares that can be."""
+    with pytest.raises(ValueError, match="mixture"):
+        parse_mixture(text)
+
+
+# --- 7. Dealing a step's sequences to the ranks ------------------------------------------------------------
+
+
+def make_sequences(lengths: list[list[int]]) -> list[PackedSequence]:
+    return [PackedSequence(np.zeros(sum(lens), np.uint32), tuple(lens), None, f"s[{i}]")
+            for i, lens in enumerate(lengths)]
+
+
+def cost(sequences) -> int:
+    """The attention of some sequences: the sum of squared document lengths."""
+    return sum(n * n for s in sequences for n in s.doc_lens)
+
+
+def waiting(dealt) -> int:
+    """What a step takes when all ranks wait for the costliest one at every micro-step."""
+    return sum(max(cost(batch) for batch in ranks) for ranks in dealt)
+
+
+@st.composite
+def steps(draw):
+    """(sequences, dp_size, per_batch) that divide, as a step plan makes sure."""
+    dp_size, per_batch, micro_steps = (draw(st.integers(1, 4)) for _ in range(3))
+    n = dp_size * per_batch * micro_steps
+    lens = st.lists(st.integers(1, 32), min_size=1, max_size=4)
+    return make_sequences(draw(st.lists(lens, min_size=n, max_size=n))), dp_size, per_batch
+
+
+@given(steps(), st.booleans())
+def test_every_sequence_is_dealt_once(step, reorder):
+    """[micro-step][rank] batches are equally many, equally large, and together the step's sequences."""
+    sequences, dp_size, per_batch = step
+    dealt = arrange_step(sequences, dp_size, per_batch, reorder)
+    assert {len(ranks) for ranks in dealt} == {dp_size}
+    assert {len(batch) for ranks in dealt for batch in ranks} == {per_batch}
+    flat = [s.source for ranks in dealt for batch in ranks for s in batch]
+    assert sorted(flat) == sorted(s.source for s in sequences)
+    if not reorder:
+        assert flat == [s.source for s in sequences]
+
+
+@given(steps())
+def test_ranks_side_by_side_have_like_costs(step):
+    """No micro-step's sequence costs more than any sequence of the next micro-step."""
+    dealt = arrange_step(*step)
+    costs = [[cost([s]) for batch in ranks for s in batch] for ranks in dealt]
+    assert all(max(earlier) <= min(later) for earlier, later in pairwise(costs))
+
+
+@given(steps().filter(lambda step: step[2] == 1))
+def test_reordering_never_waits_longer(step):
+    """With one sequence a batch, the sorted order waits no longer than the drawn one."""
+    assert waiting(arrange_step(*step)) <= waiting(arrange_step(*step, reorder=False))
+
+
+def test_reordering_by_hand():
+    """Two ranks, costs 64 8 64 8: drawn, both micro-steps wait for a 64; sorted, only one does."""
+    sequences = make_sequences([[8], [2, 2], [8], [2, 2]])
+    assert waiting(arrange_step(sequences, 2, 1, reorder=False)) == 64 + 64
+    assert waiting(arrange_step(sequences, 2, 1)) == 64 + 8
+
+
+# --- 8. Embedded domains: a small Python installation -------------------------------------------------------
+
+PACKAGES = [f"package{i}" for i in range(6, 18)]  # 14 and 16 are held out
+FILES = ["__init__", "core", "util"]
+
+
+def source_text(name: str) -> str:
+    """A module with a docstring, a function, a class, and what would be a pair of the recall task."""
+    return (f'"""About {name}. {"It explains itself at some length. " * 7}"""\n\n'
+            f"{function_text(name)}\n\n{class_text(name)}\n\nFORMAT = '~QAAAA'\n")
+
+
+def function_text(name: str) -> str:
+    return f"def make_{name}(n):\n    # {name}\n    return n\n"
+
+
+def class_text(name: str) -> str:
+    return f"class Of_{name}:\n    def get(self):\n        return {name!r}\n"
+
+
+@pytest.fixture
+def installation(tmp_path, monkeypatch) -> Path:
+    """Two roots of packages, single-file modules, and what must be passed over."""
+    stdlib, site = tmp_path / "lib", tmp_path / "lib" / "site-packages"
+    for i, package in enumerate(PACKAGES):
+        folder = (stdlib, site)[i % 2] / package / "inner"
+        folder.mkdir(parents=True)
+        for file in FILES:
+            path = folder if file == "util" else folder.parent
+            (path / f"{file}.py").write_text(source_text(f"{package}_{file}"))
+        (folder / "readme.txt").write_text(source_text("not_python"))
+    for name in ("one", "two"):
+        (stdlib / f"{name}.py").write_text(source_text(f"modules_{name}"))
+    (site / "single.py").write_text(source_text("not_a_package"))
+    (stdlib / "package6" / "latin.py").write_bytes("# caf\xe9".encode("latin-1"))
+    (stdlib / "package6" / "broken.py").write_text("def (:\n")
+    paths = {"stdlib": str(stdlib), "purelib": str(site), "platlib": str(site)}
+    monkeypatch.setattr(data.sysconfig, "get_paths", lambda: paths)
+    monkeypatch.setattr("pydoc_data.topics.topics", {"if": "About if. " * 30, "for": "About for. " * 30})
+    data._haystack_text.cache_clear()
+    yield tmp_path
+    data._haystack_text.cache_clear()
+
+
+def texts(tokenizer: Tokenizer, documents) -> list[str]:
+    """The documents' texts; each must be whole: begin of text first, end of text last."""
+    documents = list(documents)
+    assert all((d.input_ids[0], d.input_ids[-1]) == (tokenizer.bos_id, tokenizer.eos_id) for d in documents)
+    return [tokenizer.decode(d.input_ids[1:-1]) for d in documents]
+
+
+def test_a_repository_is_one_document(installation, tokenizer):
+    """Each package is one document of all its files; single-file modules are one more; nothing else is."""
+    found = [sorted(re.findall(r"^def make_(\w+)", text, re.M)) for held_out in (False, True)
+             for text in texts(tokenizer, data.code_repos(tokenizer, 0, held_out))]
+    wanted = [[f"{package}_{file}" for file in FILES] for package in PACKAGES]
+    assert sorted(found) == sorted([*wanted, ["modules_one", "modules_two"]])
+
+
+def test_held_out_repositories_are_never_trained_on(installation, tokenizer):
+    """The two halves of code_repos share no repository, and neither is empty; `short` has the training half."""
+    train, held_out = (set(re.findall(r"^def make_([^_]+)", "\n".join(texts(tokenizer, documents)), re.M))
+                       for documents in (data.code_repos(tokenizer, 0), data.code_repos(tokenizer, 0, True)))
+    assert train and held_out and train.isdisjoint(held_out)
+    assert train | held_out == {*PACKAGES, "modules"}
+    short = "\n".join(texts(tokenizer, data.short(tokenizer, 0)))
+    assert set(re.findall(r"^def make_([^_]+)", short, re.M)) == train
+
+
+def test_short_documents_are_functions_and_classes(installation, tokenizer):
+    """Each top-level function and class of a training repository is a document, word for word."""
+    repositories = texts(tokenizer, data.code_repos(tokenizer, 0))
+    names = re.findall(r"^def make_(\w+)", "\n".join(repositories), re.M)
+    wanted = [make(name) for name in names for make in (function_text, class_text)]
+    assert sorted(texts(tokenizer, data.short(tokenizer, 0))) == sorted(wanted)
+
+
+def test_textbooks_are_joined_chapters(installation, tokenizer):
+    """The first book is the language reference, in order; the others are docstrings, with no code."""
+    first, *books = texts(tokenizer, data.textbooks(tokenizer, 0))
+    assert first == "About for. " * 30 + "\n\n" + "About if. " * 30
+    assert any(f"About package7_{file}." in book for book in books for file in FILES)
+    assert not any("def make_" in book for book in books)
+
+
+def _shuffled(method, seed: int):
+    """A directory listing in another order, as another disk might give it."""
+
+    def listing(self, *args):
+        entries = list(method(self, *args))
+        random.Random(f"{seed} {self}").shuffle(entries)
+        return iter(entries)
+
+    return listing
+
+
+def packed_ids(domain: str, seed: int) -> list[list[int]]:
+    """The first sequences of an embedded domain, packed anew."""
+    data._haystack_text.cache_clear()
+    sequences = pack_builtin(domain, load_tokenizer(), 512, seed, PackReport())
+    return [s.input_ids.tolist() for s in islice(sequences, 8)]
+
+
+@pytest.mark.parametrize("domain", ["code_repos-256", "textbooks-256", "short", "recall-256"])
+def test_packs_do_not_depend_on_the_order_on_disk(installation, monkeypatch, domain):
+    """A directory listed in another order gives the same sequences."""
+    wanted, iterdir, rglob = packed_ids(domain, 0), Path.iterdir, Path.rglob
+    for seed in range(3):
+        monkeypatch.setattr(Path, "iterdir", _shuffled(iterdir, seed))
+        monkeypatch.setattr(Path, "rglob", _shuffled(rglob, seed))
+        assert packed_ids(domain, 0) == wanted
+
+
+@pytest.mark.parametrize("domain", ["code_repos-256", "short", "recall-256", "recall_bare-256", "icl-256"])
+def test_the_seed_alone_fixes_a_pack(installation, domain):
+    """The same seed gives the same sequences; another seed, others."""
+    assert packed_ids(domain, 1) == packed_ids(domain, 1) != packed_ids(domain, 2)
+
+
+def test_a_haystack_is_code_without_pairs(installation, tokenizer):
+    """Windows are stretches of the repositories, held out or not as asked, with no `~` left in them."""
+    for held_out in (False, True):
+        windows = data.haystack_windows(tokenizer, np.random.default_rng(0), 20, 200, 0, held_out)
+        code = "".join(texts(tokenizer, data.code_repos(tokenizer, 0, held_out)))
+        assert "~" in code
+        assert windows.shape == (20, 200)
+        for window in windows:
+            assert tokenizer.decode(window) in code.replace("~", "-")
+
+
+@given(st.integers(1, 4), st.integers(0, 8), st.integers(0, 40), st.integers(0, 2**32))
+def test_scattered_pairs_lie_in_an_unchanged_haystack(batch, n_pairs, room, seed):
+    """Every start points at a `~` and its pair, in order; without the pairs the haystack is as it was."""
+    rng = np.random.default_rng(seed)
+    pairs = data.recall_pairs(rng, batch, n_pairs)
+    haystack = rng.integers(200, 256, size=(batch, room)).astype(np.uint32)
+    contexts, starts = data.scatter_pairs(rng, pairs, haystack)
+    assert contexts.shape == (batch, room + n_pairs * data.PAIR_LEN) and starts.shape == (batch, n_pairs)
+    for context, begins, row, hay in zip(contexts.tolist(), starts.tolist(), pairs.tolist(),
+                                         haystack.tolist(), strict=True):
+        assert begins == sorted(begins)
+        assert [context[b:b + data.PAIR_LEN] for b in begins] == [[ord("~"), *pair] for pair in row]
+        inside = {b + i for b in begins for i in range(data.PAIR_LEN)}
+        assert [token for i, token in enumerate(context) if i not in inside] == hay
+
+
+@pytest.mark.parametrize("seed", [None, 0], ids=["blank", "code"])
+@pytest.mark.parametrize(("length", "n_pairs"), [(32, 1), (256, 16), (1000, 16), (1024, 32)])
+def test_every_recall_question_has_its_answer(installation, tokenizer, seed, length, n_pairs):
+    """Read the document as text: each key stands once, is asked once, and only true answers are trained."""
+    rng = np.random.default_rng(3)
+    documents = list(data.recall_documents(tokenizer, rng, 8, length, n_pairs, seed))
+    assert len(documents) == 8
+    for document, text in zip(documents, texts(tokenizer, documents), strict=True):
+        assert len(document) == len(document.loss_mask) == length
+        context, questions = text[:-6 * n_pairs], text[-6 * n_pairs:]
+        pairs = re.findall("~([A-Z2-7])([A-Z2-7]{4})", context)
+        asked = re.findall(r"\?([A-Z2-7])([A-Z2-7]{4})", questions)
+        assert len(asked) == len(dict(pairs)) == len(pairs) == context.count("~") == n_pairs
+        assert sorted(asked) == sorted(pairs)
+        answers = tokenizer.decode(document.input_ids[document.loss_mask])
+        assert answers == "".join(value for _, value in asked)
+        assert np.flatnonzero(document.loss_mask)[0] >= length - 1 - 6 * n_pairs
+
+
+@pytest.mark.parametrize("length", [64, 128, 301])
+def test_icl_labels_can_only_be_learnt_from_the_examples(tokenizer, length):
+    """Rounds have every topic once, a topic one label a document, documents other labels than each other."""
+    documents = list(data.icl_documents(tokenizer, np.random.default_rng(0), 16, length))
+    dealt = set()
+    for document, text in zip(documents, texts(tokenizer, documents), strict=True):
+        assert len(document) == len(document.loss_mask) == length
+        n_lines = (length - 2) // data.ICL_LINE
+        examples, rest = text[:n_lines * data.ICL_LINE], text[n_lines * data.ICL_LINE:]
+        lines = re.findall(r"([a-x]+)>([0-5])\n", examples)
+        assert examples == "".join(f"{letters}>{label}\n" for letters, label in lines)
+        assert len(lines) == n_lines and rest == "\n" * len(rest)
+        topics = [{(ord(letter) - ord("a")) // 4 for letter in letters} for letters, _ in lines]
+        assert all(len(topic) == 1 for topic in topics)
+        numbers = [topic.pop() for topic in topics]
+        for i in range(0, len(numbers), 6):
+            assert len(set(numbers[i:i + 6])) == len(numbers[i:i + 6])
+        labels = dict(zip(numbers, (label for _, label in lines), strict=True))
+        assert [label for _, label in lines] == [labels[number] for number in numbers]
+        assert sorted(labels.values()) == list("012345")
+        dealt.add(tuple(labels[number] for number in range(6)))
+        trained_labels = tokenizer.decode(document.input_ids[document.loss_mask])
+        assert trained_labels == "".join(label for _, label in lines[6:])
+    assert len(dealt) > 8
+
+
+@pytest.mark.parametrize(("name", "shortest", "longest"), [("recall_bare", 32, 128), ("recall", 256, 1024),
+                                                           ("icl", 64, 256), ("icl", 64, 64)])
+def test_lengths_of_a_synthetic_domain_share_its_tokens(installation, tokenizer, name, shortest, longest):
+    """Powers of two up to the longest, none shorter than allowed, and never one ahead of another by more
+    than the longest document's tokens."""
+    tokens = Counter()
+    for document in islice(data.SYNTHETIC_DOMAINS[name](tokenizer, 0, longest), 200):
+        tokens[len(document)] += len(document)
+        if len(tokens) > 1 and tokens[longest] > longest:
+            assert max(tokens.values()) - min(tokens.values()) <= longest
+    assert max(tokens) == longest
+    assert all(n >= shortest and longest % n == 0 for n in tokens)
+
+
+@pytest.mark.parametrize("domain", ["", "books-2k", "code_repos", "recall", "recall-", "short-2k", "code_repos-2q",
+                                    "recall-100", "recall-128", "recall_bare-48", "icl-0", "-2k"])
+def test_unknown_domains_are_refused(installation, tokenizer, domain):
+    """A name that is not known, or a length that is missing or cannot be."""
+    with pytest.raises(ValueError, match=r"domain|length"):
+        list(islice(pack_builtin(domain, tokenizer, 2048, 0, PackReport()), 1))
+
+
+def test_a_length_that_no_repository_reaches_is_an_error(installation):
+    """The message counts what there was, and neither a folder nor half of one stays behind."""
+    out = installation / "packs"
+    out.mkdir()
+    with pytest.raises(ValueError, match=r"code_repos-64k: none of its \d+ documents .* 65,536 tokens"):
+        data.pack(PackConfig(domain="code_repos-64k", seq=65_536, out=str(out / "set")))
+    assert list(out.iterdir()) == []
+
+
+# --- 9. The command line, as typed ---------------------------------------------------------------------------
+
+
+def type_command(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(REPOSITORY / "data.py"), *args], capture_output=True, text=True)
+
+
+def test_pack_then_inspect(tmp_path):
+    """`pack` writes a folder that opens and says what is in it; `inspect` says the same again."""
+    out = str(tmp_path / "icl")
+    packed = type_command("pack", "--domain", "icl-64", "--seq", "128", "--sequences", "5", "--out", out)
+    assert (packed.returncode, packed.stderr) == (0, "")
+    dataset = PackedDataset(out)
+    assert (len(dataset), dataset.seq_len, dataset[4].doc_lens) == (5, 128, (64, 64))
+    assert "icl-64, 5 sequences x 128 tokens, 10 documents" in packed.stdout
+    inspected = type_command("inspect", out)
+    assert (inspected.returncode, inspected.stderr, inspected.stdout) == (0, "", packed.stdout)
+
+
+@pytest.mark.parametrize("args", [
+    ["unpack"], ["--domain", "short"], ["inspect"], ["inspect", "a", "b"], ["inspect", "missing"],
+    ["pack", "--unknown"], ["pack", "--seq", "0"], ["pack", "--domain", "books-2k"], ["pack", "--dom", "short"],
+    ["pack", "--tokenizer", "gpt2"], ["pack", "--seq", "100", "--domain", "code_repos-64"],
+])
+def test_a_wrong_command_ends_in_one_line(args, tmp_path, monkeypatch, capsys):
+    """Whatever is wrong with a command, it ends in exit code 2 and one line."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["data.py", *args])
+    with pytest.raises(SystemExit) as exit:
+        run_main(data.main)
+    out, err = capsys.readouterr()
+    assert (exit.value.code, out, err.count("\n")) == (2, "", 1)
+    assert re.match(r"data\.py: error: ", err)
+
+
+def test_an_unknown_command_as_typed():
+    """The same through a real process: exit code 2, one line that names the command."""
+    ended = type_command("unpack", "now")
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
+    assert "'unpack now'" in ended.stderr
+
+
+@pytest.mark.parametrize("args", [[], ["-h"], ["--help"]])
+def test_without_a_command_data_explains_itself(args, monkeypatch, capsys):
+    """The module's docstring is its help."""
+    monkeypatch.setattr(sys, "argv", ["data.py", *args])
+    data.main()
+    assert capsys.readouterr().out == data.__doc__ + "\n"

@@ -1,0 +1,74 @@
+"""The five files keep their order: imports point one way, importing does nothing, every option is read."""
+
+import ast
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import data
+import eval as evaluation
+import train
+
+ROOT = Path(__file__).parent.parent
+ORDER = ["data", "model", "eval", "train", "sft"]  # each may import what stands before it
+FILES = [ROOT / f"{name}.py" for name in ORDER if (ROOT / f"{name}.py").exists()]
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of all modules that a file imports, wherever in the file."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").partition(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_imports_point_one_way(path):
+    """data and model import nothing of ours; eval, train and sft only what stands to their left."""
+    allowed = set() if path.stem in ("data", "model") else set(ORDER[:ORDER.index(path.stem)])
+    assert imported(path) & set(ORDER) <= allowed
+
+
+def test_training_on_packed_data_needs_five_packages():
+    """Everything else (datasets, matplotlib, transformers) is imported inside the function that uses it."""
+    for path in FILES:
+        top = ast.parse(path.read_text())
+        top.body = [node for node in top.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = {alias.name.partition(".")[0] for node in top.body if isinstance(node, ast.Import)
+                 for alias in node.names}
+        names |= {(node.module or "").partition(".")[0] for node in top.body
+                  if isinstance(node, ast.ImportFrom)}
+        others = names - set(sys.stdlib_module_names) - set(ORDER)
+        assert others <= {"torch", "numpy", "tiktoken", "safetensors", "tqdm"}, path
+
+
+def test_importing_does_nothing():
+    """No process group, no CUDA context, no output and no change of the environment."""
+    code = ("import os; before = dict(os.environ); import data, model, eval, train, torch; "
+            "assert dict(os.environ) == before and not torch.distributed.is_initialized() "
+            "and not torch.cuda.is_initialized()")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("module, config", [(train, train.TrainConfig), (evaluation, evaluation.EvalConfig),
+                                            (data, data.PackConfig)], ids=lambda x: x.__name__)
+def test_every_option_is_read(module, config):
+    """An option that nothing reads would be an option without effect."""
+    source = Path(module.__file__).read_text()
+    for field in dataclasses.fields(config):
+        assert f"config.{field.name}" in source, field.name
+
+
+def test_no_pickle():
+    """Weights and state are safetensors and JSON; nothing that could run code is ever read."""
+    for path in FILES:
+        assert not {"pickle", "shelve", "dill", "joblib"} & imported(path)
+        assert "torch.load" not in path.read_text() and "torch.save" not in path.read_text()
+        assert "allow_pickle=True" not in path.read_text()

@@ -1,0 +1,805 @@
+"""What model.py promises, as equalities: no trick of speed or memory may change a number.
+
+    attention     the fast backend = the written-out mask = every document alone, gradients too
+    Transformer   a pack = its documents one by one, and the pack's gradient = the sum of theirs
+    RoPE          every way of stretching = its formula = Hugging Face's; only distance matters
+    generation    cached decoding, however it is cut up = one full forward pass
+    loss          in chunks = all logits at once; masked tokens add exactly nothing
+    layout        positions, cu_seqlens and "does a document cross a rank" = counting by hand
+    weights       save, load = the same bits; Hugging Face's model gives the same logits, both ways
+    presets       parameters and FLOPs = the published numbers
+
+Equalities of real arithmetic are tested in float64, where a mistake (1e-2 and up) and a different order
+of summation (1e-15) can't be confused. Ulysses and FSDP need several processes and are tested elsewhere.
+"""
+
+import json
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import model as m
+from model import IGNORE_INDEX, KVCache, ModelConfig, Transformer
+
+EXACT = {"rtol": 0, "atol": 1e-11}  # float64 values of size 1 to 10, summed in another order: 1e-14 seen
+SINGLE = {"rtol": 0, "atol": 1e-5}  # float32: one part in 1.7e7, and sums of some 40 terms of size 1 to 10
+
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+SCALINGS = [None, LINEAR, LLAMA3, YARN]
+
+INDEX = "model.safetensors.index.json"
+
+property_test = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+
+
+def tiny_config(**changes) -> ModelConfig:
+    """A Llama with everything that can be forgotten: GQA, and heads wider than dim / n_heads."""
+    shape = ModelConfig(vocab_size=97, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=48,
+                        max_seq_len=128)
+    return replace(shape, **changes)
+
+
+def random_model(dtype=torch.float64, seed=0, **changes) -> Transformer:
+    """A model with weights so large that attention is sharp: then a wrong angle or mask shows."""
+    model = Transformer(tiny_config(**changes)).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+            weight.copy_(1 + 0.1 * noise if name.endswith("norm.weight") else 0.25 * noise)
+    return model
+
+
+def random_ids(n: int, seed=0, vocab_size=97) -> torch.Tensor:
+    return torch.randint(vocab_size, (n,), generator=torch.Generator().manual_seed(seed))
+
+
+def boundaries(doc_lens) -> torch.Tensor:
+    return torch.tensor([0, *doc_lens]).cumsum(0).to(torch.int32)
+
+
+# --- 1. Attention within documents ------------------------------------------------------------------
+
+
+def attention_one_by_one(q, k, v, doc_lens):
+    """The definition, in loops: every document alone, every head, every query with the keys before it."""
+    groups, documents = q.shape[1] // k.shape[1], []
+    for q_doc, k_doc, v_doc in zip(*(x.split(doc_lens) for x in (q, k, v)), strict=True):
+        heads = []
+        for h in range(q.shape[1]):
+            scores = q_doc[:, h] @ k_doc[:, h // groups].T / math.sqrt(q.shape[2])
+            rows = [scores[i, :i + 1].softmax(0) @ v_doc[:i + 1, h // groups] for i in range(len(q_doc))]
+            heads.append(torch.stack(rows))
+        documents.append(torch.stack(heads, dim=1))
+    return torch.cat(documents)
+
+
+def outputs_and_gradients(attend, n_heads, n_kv_heads, n_tokens, dtype):
+    """The output of `attend(q, k, v)`, and the gradients of q, k, v for a fixed random direction."""
+    generator = torch.Generator().manual_seed(n_tokens)
+    q, k, v, direction = (torch.randn(n_tokens, h, 16, generator=generator, dtype=torch.float64).to(dtype)
+                          for h in (n_heads, n_kv_heads, n_kv_heads, n_heads))
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out = attend(*inputs)
+    return [out.detach(), *torch.autograd.grad((out * direction).sum(), inputs)]
+
+
+def check_backends_agree(doc_lens, n_heads, n_kv_heads, dtype, tolerance):
+    shape = (n_heads, n_kv_heads, sum(doc_lens), dtype)
+    pack = (boundaries(doc_lens), max(doc_lens))
+    expected = outputs_and_gradients(lambda *qkv: attention_one_by_one(*qkv, doc_lens), *shape)
+    for backend in ("reference", "sdpa", "auto"):
+        found = outputs_and_gradients(lambda *qkv: m.document_attention(*qkv, *pack, backend), *shape)  # noqa: B023
+        torch.testing.assert_close(found, expected, **tolerance)
+
+
+@pytest.mark.parametrize("heads", [(8, 4), (8, 2), (8, 1), (4, 4)], ids=str)
+@pytest.mark.parametrize("doc_lens", [
+    (11,),                        # one document
+    (1,),
+    (1, 1, 2, 5, 5, 5),           # ascending: no permutation
+    (5, 1, 3, 5, 2, 3, 1, 5, 7),  # equal lengths far apart: the permutation and its inverse
+    (4, 4, 4),                    # one batch
+    (9, 1),
+], ids=str)
+def test_backends_equal_documents_one_by_one(doc_lens, heads):
+    """Values and gradients of q, k and v, exact, for MHA and three kinds of GQA."""
+    check_backends_agree(doc_lens, *heads, torch.float64, EXACT)
+
+
+def test_backends_agree_in_float32():
+    """The same in float32, whose kernels are other ones."""
+    check_backends_agree((5, 1, 33, 5, 2, 7), 8, 2, torch.float32, SINGLE)
+
+
+@property_test
+@given(doc_lens=st.lists(st.integers(1, 9), min_size=1, max_size=8).map(tuple),
+       heads=st.sampled_from([(2, 2), (2, 1), (4, 2)]))
+def test_backends_agree_for_any_documents(doc_lens, heads):
+    """Whatever the lengths and their order."""
+    check_backends_agree(doc_lens, *heads, torch.float64, EXACT)
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_no_gradient_crosses_a_boundary_or_the_future(backend):
+    """The output of token i depends on tokens j <= i of its own document: on all, and no other."""
+    doc_lens, T = (3, 1, 4), 8
+    x = torch.randn(T, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    jacobian = torch.autograd.functional.jacobian(
+        lambda v: m.document_attention(x, x, v, boundaries(doc_lens), 4, backend), x)
+    looks_at = jacobian.abs().amax(dim=(1, 2, 4, 5)) > 0  # (T, T)
+    assert torch.equal(looks_at, torch.block_diag(*(torch.ones(n, n).tril() for n in doc_lens)) > 0)
+
+
+def test_backend_choice():
+    """An unknown backend is refused with the choices; auto is varlen only on CUDA in 16 bit."""
+    q = torch.zeros(2, 2, 4)
+    with pytest.raises(ValueError, match=r"'flash' is unknown.*auto.*varlen, sdpa, reference"):
+        m.document_attention(q, q, q, boundaries((2,)), 2, "flash")
+    assert m.choose_backend(torch.device("cpu"), torch.bfloat16)[0] == "sdpa"
+    assert m.choose_backend(torch.device("cuda"), torch.float32)[0] == "sdpa"
+    assert m.choose_backend(torch.device("cuda"), torch.bfloat16)[0] == "varlen"
+
+
+# --- 2. The whole Transformer ---------------------------------------------------------------------
+
+
+def next_token_labels(input_ids, doc_lens):
+    """Each token's successor; the last one of a document has none."""
+    return torch.cat([F.pad(document[1:], (0, 1), value=IGNORE_INDEX)
+                      for document in input_ids.split(doc_lens)])
+
+
+def loss_gradients(model, input_ids, labels, doc_lens):
+    model.zero_grad()
+    loss, valid_tokens = model.loss(input_ids, labels, doc_lens)
+    loss.backward()
+    return loss.detach(), valid_tokens, {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("scaling", [None, YARN], ids=["rope", "yarn"])
+def test_pack_equals_documents_alone(tie, scaling):
+    """Logits of a pack are those of its documents; its loss and gradient are the sums of theirs."""
+    doc_lens = (7, 1, 12, 7, 5)
+    model = random_model(tie_embeddings=tie, rope_scaling=scaling)
+    ids = random_ids(sum(doc_lens))
+    alone = torch.cat([model.logits(part, (len(part),)) for part in ids.split(doc_lens)])
+    torch.testing.assert_close(model.logits(ids, doc_lens), alone, **EXACT)
+    one_document = model.logits(ids, (sum(doc_lens),))
+    assert (one_document - alone)[7:].abs().amax(dim=1).min() > 0.1  # the boundaries do matter, to all
+
+    labels = next_token_labels(ids, doc_lens)
+    loss, valid_tokens, gradients = loss_gradients(model, ids, labels, doc_lens)
+    assert valid_tokens == sum(doc_lens) - len(doc_lens)
+    parts = [loss_gradients(model, i, label, (len(i),))
+             for i, label in zip(ids.split(doc_lens), labels.split(doc_lens), strict=True)]
+    torch.testing.assert_close(loss, sum(part[0] for part in parts), **EXACT)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, sum(part[2][name] for part in parts), rtol=1e-11, atol=1e-10)
+
+
+def test_reference_backend_gives_the_same_logits():
+    """The backend is an attribute of the model, and no other number depends on it."""
+    fast, doc_lens = random_model(), (6, 3, 6)
+    plain = Transformer(fast.config, backend="reference").to(torch.float64)
+    plain.load_state_dict(fast.state_dict())
+    ids = random_ids(15)
+    torch.testing.assert_close(plain.logits(ids, doc_lens), fast.logits(ids, doc_lens), **EXACT)
+
+
+def test_nothing_to_train_on():
+    """A rank with only masked labels has loss 0 and a gradient of exact zeros, not none and not NaN."""
+    labels = torch.full((9,), IGNORE_INDEX)
+    loss, valid_tokens, gradients = loss_gradients(random_model(), random_ids(9), labels, (4, 5))
+    assert loss == 0 and valid_tokens == 0
+    assert all(gradient is not None and torch.all(gradient == 0) for gradient in gradients.values())
+
+
+def test_set_rope_is_a_new_config_with_the_old_weights():
+    """Moving to another theta gives the logits of a model that was built with it."""
+    model, ids = random_model(), random_ids(50)
+    before = model.logits(ids, (50,))
+    built = Transformer(replace(model.config, rope_theta=8e6, max_seq_len=512)).to(torch.float64)
+    built.load_state_dict(model.state_dict())
+    model.set_rope(8e6, 512)
+    assert model.config == built.config
+    assert torch.equal(model.logits(ids, (50,)), built.logits(ids, (50,)))
+    assert (model.logits(ids, (50,)) - before).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("changes, complaint", [
+    ({"n_kv_heads": 3}, "n_heads=4 is not divisible by n_kv_heads=3"),
+    ({"head_dim": 15}, "head_dim=15 is odd"),
+    ({"vocab_size": 0}, "vocab_size=0 must be a positive integer"),
+    ({"dim": 32.0}, "dim=32.0 must be a positive integer"),
+    ({"rope_theta": 1.0}, "rope_theta=1.0 must be greater than 1"),
+])
+def test_impossible_shapes_are_refused(changes, complaint):
+    """The message names the field and its value."""
+    with pytest.raises(ValueError, match=complaint):
+        tiny_config(**changes)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_init_weights_depends_on_the_seed_alone(tie):
+    """The same seed gives the same bits, another seed other ones, and the global generator none."""
+    states = []
+    for seed, disturbance in ((1, 0), (1, 7), (2, 0)):
+        torch.manual_seed(disturbance)
+        states.append(Transformer(tiny_config(tie_embeddings=tie)).init_weights(seed).state_dict())
+    same, again, other = states
+    for name, weight in same.items():
+        assert torch.equal(weight, again[name])
+        if name.endswith("norm.weight"):
+            assert torch.all(weight == 1)
+        else:
+            assert not torch.equal(weight, other[name])
+            # what adds to the residual stream is smaller by sqrt(2 * 2 layers); 1,024 draws and up
+            # put the measured deviation within 2.2% (one sigma), so 10% is more than four of them
+            std = 0.01 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+            assert weight.std() == pytest.approx(std, rel=0.1)
+
+
+# --- 3. RoPE ----------------------------------------------------------------------------------------
+
+
+def turns(i, theta, head_dim, original):
+    """How many full turns dimension pair i makes over the original context."""
+    return original * theta ** (-2 * i / head_dim) / (2 * math.pi)
+
+
+def expected_frequency(i, theta, head_dim, scaling):
+    """Radians per token of dimension pair i, each case written as in its source."""
+    plain = theta ** (-2 * i / head_dim)
+    kind, factor = scaling.get("rope_type", "default"), scaling.get("factor")
+    if kind == "default":
+        return plain
+    if kind == "linear":  # 2306.15595: positions are divided
+        return plain / factor
+    original = scaling["original_max_position_embeddings"]
+    if kind == "llama3":  # the released code: three bands of wavelength
+        wavelength = 2 * math.pi / plain
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        if wavelength < original / high:
+            return plain
+        if wavelength > original / low:
+            return plain / factor
+        smooth = (original / wavelength - low) / (high - low)
+        return (1 - smooth) * plain / factor + smooth * plain
+    # 2309.00071, the released code: whole dimensions, from the last one with beta_fast turns ...
+    fast, slow = scaling.get("beta_fast", 32), scaling.get("beta_slow", 1)
+    first = max((j for j in range(head_dim) if turns(j, theta, head_dim, original) >= fast), default=0)
+    # ... to the first one with no more than beta_slow
+    last = min(j for j in range(4 * head_dim) if turns(j, theta, head_dim, original) <= slow)
+    ramp = min(max((i - first) / (min(last, head_dim - 1) - first), 0), 1)
+    return plain / factor * ramp + plain * (1 - ramp)
+
+
+LONG_LLAMA3 = {**LLAMA3, "factor": 32.0, "original_max_position_embeddings": 8192}  # Llama-3.2's own
+LONG_YARN = {**YARN, "factor": 16.0, "original_max_position_embeddings": 4096}
+ROPE_CASES = [(theta, head_dim, scaling) for theta, head_dim in ((1e4, 16), (5e5, 64), (8e6, 128))
+              for scaling in ({}, {"rope_type": "default"}, LINEAR, LLAMA3, LONG_LLAMA3, YARN, LONG_YARN,
+                              {**LONG_YARN, "beta_fast": 16, "beta_slow": 2})]
+
+
+@pytest.mark.parametrize("theta, head_dim, scaling", ROPE_CASES, ids=str)
+def test_frequencies_equal_their_formulas(theta, head_dim, scaling):
+    """Each of the four ways to stretch RoPE, dimension by dimension, to float64 rounding."""
+    config = tiny_config(rope_theta=theta, head_dim=head_dim, rope_scaling=scaling or None)
+    found, factor = m.rope_frequencies(config)
+    expected = [expected_frequency(i, theta, head_dim, scaling) for i in range(head_dim // 2)]
+    assert found.dtype == torch.float64
+    assert found.tolist() == pytest.approx(expected, rel=1e-12)
+    yarn = scaling.get("rope_type") == "yarn"
+    assert factor == pytest.approx(0.1 * math.log(scaling["factor"]) + 1 if yarn else 1, rel=1e-15)
+
+
+def test_older_names_and_given_numbers():
+    """`type` is an older name of `rope_type`; a written attention_factor replaces YaRN's; None is absent."""
+    def both(scaling):
+        frequencies, factor = m.rope_frequencies(tiny_config(rope_scaling=scaling, max_seq_len=32))
+        return frequencies.tolist(), factor
+
+    assert both({"type": "linear", "factor": 4}) == both(LINEAR)
+    assert both({"rope_type": "yarn", "factor": 4}) == both(YARN)  # the original length: max_seq_len
+    assert both({**YARN, "attention_factor": None, "beta_fast": None}) == both(YARN)
+    assert both({**YARN, "attention_factor": 1.5})[1] == 1.5
+
+
+@pytest.mark.parametrize("theta, head_dim, scaling", [
+    *ROPE_CASES, (5e5, 64, {**LONG_YARN, "truncate": False})], ids=str)
+def test_frequencies_equal_hugging_face(theta, head_dim, scaling):
+    """Frequencies, and cos and sin with their factor, as transformers has them in float32."""
+    pytest.importorskip("transformers")
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    theirs = LlamaRotaryEmbedding(LlamaConfig(
+        hidden_size=4 * head_dim, num_attention_heads=4, max_position_embeddings=131_072,
+        rope_theta=theta, rope_scaling=dict(scaling) or None))
+    config = tiny_config(rope_theta=theta, head_dim=head_dim, rope_scaling=scaling or None,
+                         max_seq_len=131_072)
+    found, factor = m.rope_frequencies(config)
+    # a float32 power carries some 10 roundings of 6e-8
+    torch.testing.assert_close(theirs.inv_freq.double(), found, rtol=2e-6, atol=0)
+    assert theirs.attention_scaling == pytest.approx(factor, rel=1e-12)
+    positions = torch.arange(50)
+    cos, sin = theirs(torch.zeros(1), positions[None])
+    ours = m.rope_cos_sin(config, positions, torch.float32)
+    for a, b in zip((cos, sin), ours, strict=True):  # theirs repeats the frequencies for both halves
+        torch.testing.assert_close(a[0, :, :head_dim // 2], b[:, 0], rtol=0, atol=50 * 2e-6)
+
+
+def test_ntk_rope_theta_gives_the_papers_numbers():
+    """Section B.1: 64K suggests about 4.1e6, and 512K from the paper's own 8e6 about 6.6e7."""
+    assert m.ntk_rope_theta(5e5, 8192, 65_536, 128) == pytest.approx(4.1e6, rel=0.02)
+    assert m.ntk_rope_theta(8e6, 65_536, 524_288, 128) == pytest.approx(6.6e7, rel=0.02)
+    # what NTK is for: the slowest dimension turns as far over the new length as it did over the old
+    theta = m.ntk_rope_theta(5e5, 8192, 65_536, 128)
+    assert turns(63, theta, 128, 65_536) == pytest.approx(turns(63, 5e5, 128, 8192), rel=1e-12)
+
+
+@pytest.mark.parametrize("scaling, complaint", [
+    ({"rope_type": "dynamic", "factor": 2.0}, "'dynamic' is not supported.*linear, llama3 or yarn"),
+    ({"rope_type": "linear"}, "needs a number for 'factor', got None"),
+    ({"rope_type": "linear", "factor": "4"}, "needs a number for 'factor', got '4'"),
+    ({"rope_type": "linear", "factor": True}, "needs a number for 'factor', got True"),
+    ({"rope_type": "linear", "factor": math.nan}, "needs a number for 'factor', got nan"),
+    ({"rope_type": "linear", "factor": 0.5}, "'factor' is 0.5, the least allowed is 1"),
+    ({**LLAMA3, "low_freq_factor": None}, "needs a number for 'low_freq_factor'"),
+    ({**LLAMA3, "high_freq_factor": 1.0}, "high_freq_factor=1.0 must be above low_freq_factor=1.0"),
+    ({**YARN, "original_max_position_embeddings": 0}, "'original_max_position_embeddings' is 0"),
+    ({**YARN, "attention_factor": "big"}, "needs a number for 'attention_factor'"),
+])
+def test_bad_scaling_is_refused_with_the_config(scaling, complaint):
+    """A wrong entry fails when the config is made, naming what is wrong."""
+    with pytest.raises(ValueError, match=complaint):
+        tiny_config(rope_scaling=scaling)
+
+
+def test_apply_rope_is_a_complex_product():
+    """Dimensions i and i + D/2 are the two parts of a number that is multiplied by e^(i angle)."""
+    config = tiny_config(rope_scaling=YARN)
+    x = torch.randn(5, 3, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    positions = torch.tensor([0, 1, 2, 77, 100_000])
+    frequencies, factor = m.rope_frequencies(config)
+    turned = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(
+        torch.full((5, 1, 8), factor, dtype=torch.float64), (positions[:, None] * frequencies)[:, None])
+    rotated = m.apply_rope(x, *m.rope_cos_sin(config, positions, torch.float64))
+    torch.testing.assert_close(rotated, torch.cat((turned.real, turned.imag), dim=-1), **EXACT)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=str)
+def test_only_the_distance_counts(scaling):
+    """The product of a query and a key is the same wherever the two stand, if equally far apart."""
+    config = tiny_config(rope_theta=5e5, rope_scaling=scaling)
+    q, k = torch.randn(2, 1, 1, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def product(q_position, k_position):
+        positions = torch.tensor([q_position, k_position])
+        q_turned, k_turned = m.apply_rope(
+            torch.cat((q, k)), *m.rope_cos_sin(config, positions, torch.float64))
+        return float((q_turned * k_turned).sum())
+
+    for distance in (0, 1, 5000):
+        near = product(distance, 0)
+        for start in (1, 777, 500_000):  # float64 angles of 5e5 are good to 6e-11
+            assert product(start + distance, start) == pytest.approx(near, abs=1e-8)
+    assert abs(product(5000, 0) - product(0, 0)) > 0.1
+
+
+def test_a_bfloat16_model_has_float32_angles():
+    """At position 15,962 the cosine of the fastest pair is -0.908; bfloat16 would round to -0.268."""
+    assert math.cos(float(torch.tensor(15_962.0).bfloat16())) == pytest.approx(-0.268, abs=1e-3)
+    frequencies, _ = m.rope_frequencies(tiny_config(rope_theta=5e5))
+    cos, sin = m.rope_cos_sin(tiny_config(rope_theta=5e5), torch.tensor([15_962]), torch.bfloat16)
+    assert cos.dtype == sin.dtype == torch.float32
+    assert float(cos[0, 0, 0]) == pytest.approx(-0.908, abs=1e-3)
+    for i, frequency in enumerate(frequencies.tolist()):
+        angle = 15_962 * frequency  # two roundings, of the frequency and of the product: 2^-24 each
+        tolerance = angle * 2**-23 + 1e-7
+        assert float(cos[0, 0, i]) == pytest.approx(math.cos(angle), abs=tolerance)
+        assert float(sin[0, 0, i]) == pytest.approx(math.sin(angle), abs=tolerance)
+
+
+def test_a_bfloat16_model_knows_far_positions():
+    """Moved 15,962 tokens on, a bfloat16 model sees the same text; with bfloat16 positions it does not."""
+    model, ids = random_model(torch.bfloat16), random_ids(40)
+
+    def hidden(positions):
+        return model.run_layers(ids, positions, lambda layer, q, k, v: m.document_attention(
+            q, k, v, boundaries((40,)), 40)).float()
+
+    positions = torch.arange(40)
+    far = hidden(positions + 15_962)
+    rounded = hidden((positions + 15_962).bfloat16())
+    near = hidden(positions)  # of size 1; bfloat16 rounds each of some 30 steps to 2^-9
+    assert (far - near).pow(2).mean().sqrt() < 0.03
+    assert (rounded - near).pow(2).mean().sqrt() > 0.3
+
+
+# --- 4. Generation ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunks", [(23,), (9, 1, 10, 3), (1, 22), (22, 1), (1,) * 23], ids=str)
+@pytest.mark.parametrize("heads", [(4, 2), (4, 4), (4, 1)], ids=str)
+def test_cached_decoding_equals_a_full_forward(chunks, heads):
+    """Prefill in one go, in unequal chunks or token by token: two texts, the logits of every token."""
+    model = random_model(n_heads=heads[0], n_kv_heads=heads[1])
+    texts = torch.stack([random_ids(23, seed) for seed in (0, 1)])
+    cache = KVCache()
+    found = torch.cat([m.decode(model, part, cache) for part in texts.split(chunks, dim=1)], dim=1)
+    assert cache.length == 23
+    torch.testing.assert_close(found, torch.stack([model.logits(text, (23,)) for text in texts]), **EXACT)
+
+
+def test_many_continuations_of_one_context():
+    """A repeated cache gives each continuation its own logits, and leaves the shared one as it was."""
+    model, context = random_model(), random_ids(12)
+    questions = torch.stack([random_ids(6, seed) for seed in (1, 2, 3)])
+    shared = KVCache()
+    m.decode(model, context[None], shared)
+    cache = shared.repeat(3)
+    found = torch.cat([m.decode(model, part, cache) for part in questions.split((4, 1, 1), dim=1)], dim=1)
+    full = torch.stack([model.logits(torch.cat((context, q)), (18,))[12:] for q in questions])
+    torch.testing.assert_close(found, full, **EXACT)
+    assert (shared.length, cache.length) == (12, 18)
+    torch.testing.assert_close(m.decode(model, questions[:1], shared), full[:1], **EXACT)
+
+
+def test_generate_is_greedy_and_stops():
+    """The argmax of full forward passes; a stop token is the last one, and the limit is kept."""
+    model = random_model()
+    text = random_ids(8).tolist()
+    prompt, expected = text[:], []
+    for _ in range(12):
+        expected.append(int(model.logits(torch.tensor(text), (len(text),))[-1].argmax()))
+        text.append(expected[-1])
+    assert m.generate(model, prompt, 12) == expected
+    assert m.generate(model, prompt, 0) == []
+    stop = expected[5]
+    assert m.generate(model, prompt, 12, stop_ids=(96, stop)) == expected[:expected.index(stop) + 1]
+
+
+# --- 5. The loss --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 20, 1000])
+@pytest.mark.parametrize("masked", ["none", "some", "a chunk", "all"])
+def test_chunked_loss_equals_plain_loss(chunk_tokens, masked):
+    """Value, count and the gradients of hidden and weight, whatever is masked."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 6, dtype=torch.float64, generator=generator).requires_grad_()
+                      for n in (20, 31))
+    labels = random_ids(20, vocab_size=31)
+    mask = {"none": slice(0), "some": slice(1, None, 3), "a chunk": slice(7, 14), "all": slice(None)}[masked]
+    labels[mask] = IGNORE_INDEX
+
+    plain = F.cross_entropy(hidden @ weight.T, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    loss, valid_tokens = m.chunked_cross_entropy(hidden, weight, labels, chunk_tokens)
+    assert valid_tokens == (labels != IGNORE_INDEX).sum()
+    torch.testing.assert_close(loss, plain, **EXACT)
+    torch.testing.assert_close(torch.autograd.grad(loss, (hidden, weight)),
+                               torch.autograd.grad(plain, (hidden, weight)), **EXACT)
+
+
+def test_loss_of_a_bfloat16_model_is_summed_in_float32():
+    """A sum of 4,096 equal cross-entropies of log 31 is exact to float32, not to bfloat16's 3 digits."""
+    hidden, weight = torch.zeros(4096, 6, dtype=torch.bfloat16), torch.ones(31, 6, dtype=torch.bfloat16)
+    loss, _ = m.chunked_cross_entropy(hidden, weight, torch.zeros(4096, dtype=torch.long), 256)
+    assert loss.dtype == torch.float32
+    assert float(loss) == pytest.approx(4096 * math.log(31), rel=1e-5)
+
+
+# --- 6. Layout: positions, boundaries, ranks ----------------------------------------------------------
+
+
+def rank_of(sp_size, sp_rank):
+    """As much of a `Parallel` as the layout asks for."""
+    return SimpleNamespace(sp_size=sp_size, sp_rank=sp_rank, sp_group="the ranks")
+
+
+def test_layout_of_the_file_header():
+    """The picture at the top of model.py."""
+    pack = m.layout_pack((3, 1, 4), 8, torch.device("cpu"))
+    assert pack.positions.tolist() == [0, 1, 2, 0, 0, 1, 2, 3]
+    assert pack.cu_seqlens.tolist() == [0, 3, 4, 8] and pack.cu_seqlens.dtype == torch.int32
+    assert pack.max_seqlen == 4 and pack.group is None
+
+
+@pytest.mark.parametrize("doc_lens, sp_size, crosses", [
+    ((16,), 1, False),
+    ((16,), 2, True),
+    ((8, 8), 2, False),
+    ((3, 5, 8), 2, False),
+    ((6, 4, 6), 2, True),   # the longest is 6 <= 8, and yet the 4 lies on both ranks
+    ((4, 4, 4, 4), 4, False),
+    ((8, 4, 4), 4, True),   # on ranks 0 and 1; every other boundary is a document's
+    ((19, 28, 24, 29), 4, True),  # a user's case, 25 tokens a rank
+])
+def test_crosses_ranks(doc_lens, sp_size, crosses):
+    """Hand-made cases."""
+    assert m.crosses_ranks(doc_lens, sp_size) is crosses
+
+
+@property_test
+@given(doc_lens=st.lists(st.integers(1, 6), min_size=1, max_size=8), sp_size=st.sampled_from([1, 2, 3, 4]))
+def test_layout_equals_counting(doc_lens, sp_size):
+    """Every rank's positions, boundaries and need to exchange, token by token, for any documents."""
+    if rest := sum(doc_lens) % sp_size:
+        doc_lens = [*doc_lens, sp_size - rest]
+    share = sum(doc_lens) // sp_size
+    positions = [i for length in doc_lens for i in range(length)]
+    starts = [i for i, position in enumerate(positions) if position == 0]
+    crosses = any(positions[share * r] != 0 for r in range(1, sp_size))
+    assert m.crosses_ranks(doc_lens, sp_size) == crosses
+    for r in range(sp_size):
+        pack = m.layout_pack(doc_lens, share, torch.device("cpu"), rank_of(sp_size, r))
+        mine = positions[share * r:share * (r + 1)]
+        assert pack.positions.tolist() == mine
+        assert pack.group == ("the ranks" if crosses else None)
+        if crosses:  # all tokens of some heads: the whole sequence's documents
+            assert pack.cu_seqlens.tolist() == [*starts, len(positions)]
+            assert pack.max_seqlen == max(doc_lens)
+        else:
+            assert pack.cu_seqlens.tolist() == [*(i for i in range(share) if mine[i] == 0), share]
+            assert pack.max_seqlen == max(mine) + 1
+
+
+@pytest.mark.parametrize("doc_lens", [(), (3, 4), (3, 6), (8, 0), (9, -1)], ids=str)
+def test_wrong_doc_lens_are_refused(doc_lens):
+    """Documents must fill the 8 tokens exactly and none may be empty."""
+    with pytest.raises(ValueError, match=f"doc_lens adds up to {sum(doc_lens)}.*1 x 8 tokens"):
+        m.layout_pack(doc_lens, 8, torch.device("cpu"))
+
+
+def test_doc_lens_are_of_the_whole_sequence():
+    """A rank that passes only its own documents is told so."""
+    with pytest.raises(ValueError, match=r"adds up to 8.*2 x 8 tokens"):
+        m.layout_pack((3, 5), 8, torch.device("cpu"), rank_of(2, 0))
+
+
+# --- 7. Weights in and out -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tie", [False, True])
+def test_save_and_load_keep_every_bit(tmp_path, tie, dtype):
+    """Config, names, dtypes and bits; a tied table is stored once and is one parameter again."""
+    model = random_model(dtype, tie_embeddings=tie, rope_scaling=LLAMA3, rope_theta=8e6, norm_eps=1e-6)
+    m.save_pretrained(model, tmp_path / "model")
+    loaded = m.load_pretrained(tmp_path / "model")
+    assert loaded.config == model.config
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    for name, weight in model.state_dict().items():
+        assert loaded.state_dict()[name].dtype == dtype
+        assert torch.equal(loaded.state_dict()[name], weight)
+    assert ("lm_head.weight" in load_file(tmp_path / "model" / "model.safetensors")) is not tie
+    assert (loaded.lm_head.weight is loaded.embed_tokens.weight) is tie
+    wide = m.load_pretrained(tmp_path / "model", dtype=torch.float64)
+    assert torch.equal(wide.norm.weight, model.norm.weight.double())
+
+
+def test_a_changed_theta_is_saved(tmp_path):
+    """A stage's theta goes with the weights: forgotten, the checkpoint would load and be wrong."""
+    model, ids = random_model(), random_ids(60)
+    model.set_rope(8e6, 512)
+    m.save_pretrained(model, tmp_path / "model")
+    assert torch.equal(m.load_pretrained(tmp_path / "model").logits(ids, (60,)), model.logits(ids, (60,)))
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=str)
+@pytest.mark.parametrize("tie", [False, True])
+def test_hugging_face_loads_our_folder(tmp_path, scaling, tie):
+    """Its logits are ours, over 100 tokens where the scalings say that the original length was 32."""
+    transformers = pytest.importorskip("transformers")
+    model, ids = random_model(torch.float32, rope_scaling=scaling, tie_embeddings=tie), random_ids(100)
+    m.save_pretrained(model, tmp_path / "model")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    with torch.no_grad():
+        expected = theirs(ids[None]).logits[0]
+        found = model.logits(ids, (100,))
+        model.config = replace(model.config, rope_scaling=None)
+        unscaled = model.logits(ids, (100,))
+    # float32 through two layers, logits of size 1 to 6: 1e-5 seen
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert scaling is None or (unscaled - expected).abs().max() > 0.1  # the test can see the scaling
+
+
+@pytest.mark.parametrize("shards", ["5GB", "10KB"])
+@pytest.mark.parametrize("scaling", [None, LLAMA3, YARN], ids=str)
+@pytest.mark.parametrize("tie", [False, True])
+def test_we_load_a_folder_by_hugging_face(tmp_path, tie, scaling, shards):
+    """A random Llama, saved by transformers whole or in many shards, gives the same logits here."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, max_position_embeddings=128, rope_theta=5e4, tie_word_embeddings=tie,
+        rope_scaling=scaling and dict(scaling), rms_norm_eps=1e-6, initializer_range=0.25)
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(config)
+    theirs.save_pretrained(tmp_path, max_shard_size=shards)
+    assert (tmp_path / INDEX).exists() is (shards == "10KB")
+    ours, ids = m.load_pretrained(tmp_path), random_ids(100)
+    assert ours.config.norm_eps == 1e-6 and ours.config.rope_theta == 5e4
+    with torch.no_grad():  # the tolerance of the test above, for the same reason
+        torch.testing.assert_close(ours.logits(ids, (100,)), theirs(ids[None]).logits[0], rtol=0, atol=1e-4)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A saved model to spoil."""
+    m.save_pretrained(random_model(torch.float32), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def edit_config(folder, **changes):
+    """Change entries of config.json; None removes one."""
+    entry = {**json.loads((folder / "config.json").read_text()), **changes}
+    entry = {key: value for key, value in entry.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(entry))
+
+
+def edit_weights(folder, **changes):
+    """Change tensors; None removes one."""
+    tensors = {**load_file(folder / "model.safetensors"), **changes}
+    tensors = {key: value for key, value in tensors.items() if value is not None}
+    save_file(tensors, folder / "model.safetensors")
+
+
+def write_index(folder, shard):
+    """An index that looks for one tensor in `shard`."""
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": shard}}))
+
+
+def cut(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def test_both_layouts_of_a_hugging_face_config(folder):
+    """theta and scaling side by side, or (newer) together in `rope_parameters`; head_dim by division."""
+    scaled = replace(m.read_config(folder), rope_theta=8e6, rope_scaling=LLAMA3)
+    edit_config(folder, rope_theta=8e6, rope_scaling=LLAMA3)
+    assert m.read_config(folder) == scaled
+    edit_config(folder, rope_theta=None, rope_scaling=None, rope_parameters={**LLAMA3, "rope_theta": 8e6})
+    assert m.read_config(folder) == scaled
+    edit_config(folder, rope_parameters={"rope_type": "default", "rope_theta": 8e6})
+    assert m.read_config(folder) == replace(scaled, rope_scaling=None)
+    edit_config(folder, head_dim=None)
+    assert m.read_config(folder).head_dim == 8
+
+
+SPOILED_WEIGHTS = {
+    "a tensor missing": (lambda f: edit_weights(f, **{"model.norm.weight": None}),
+                         "lacks 1 tensors, the first is 'model.norm.weight'"),
+    "a tensor too many": (lambda f: edit_weights(f, extra=torch.zeros(1)), "holds 'extra'"),
+    "another shape": (lambda f: edit_weights(f, **{"model.norm.weight": torch.zeros(31)}),
+                      r"'model.norm.weight' is \(31,\), config.json says \(32,\)"),
+    "cut data": (lambda f: cut(f / "model.safetensors", -10), "model.safetensors is not a whole"),
+    "cut header": (lambda f: cut(f / "model.safetensors", 5), "model.safetensors is not a whole"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
+    "a missing shard": (lambda f: write_index(f, "shard-1.safetensors"), "shard-1.safetensors"),
+    "a shard above": (lambda f: write_index(f, "../x.safetensors"), "'../x.safetensors', which is not"),
+    "a shard elsewhere": (lambda f: write_index(f, "/x.safetensors"), "'/x.safetensors', which is not"),
+    "the folder itself": (lambda f: write_index(f, ".."), "not a"),
+    "a shard with no name": (lambda f: write_index(f, ""), "not a"),
+    "a shard that is no name": (lambda f: write_index(f, 7), "7, which is not a file"),
+    "no index": (lambda f: (f / INDEX).write_text("[1"), f"{INDEX} is not a readable"),
+    "no weight map": (lambda f: (f / INDEX).write_text("[1]"), f"{INDEX} is not a readable"),
+}
+
+
+@pytest.mark.parametrize("spoil, complaint", SPOILED_WEIGHTS.values(), ids=SPOILED_WEIGHTS.keys())
+def test_spoiled_weights_are_refused(folder, spoil, complaint):
+    """No half-loaded model: an error that names the file or the tensor."""
+    spoil(folder)
+    with pytest.raises(ValueError, match=complaint):
+        m.load_pretrained(folder)
+
+
+SPOILED_CONFIGS = {
+    "no file": (lambda f: (f / "config.json").unlink(), "config.json is not a readable"),
+    "not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json is not a readable"),
+    "not text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "config.json is not a readable"),
+    "not an object": (lambda f: (f / "config.json").write_text("[]"), "model_type is 'list'"),
+    "another family": (lambda f: edit_config(f, model_type="qwen3"), "model_type is 'qwen3'"),
+    "biases": (lambda f: edit_config(f, attention_bias=True), "attention_bias is set"),
+    "no size": (lambda f: edit_config(f, intermediate_size=None), "config.json lacks a field.*ffn_dim"),
+    "wrong size": (lambda f: edit_config(f, num_key_value_heads=3), "n_kv_heads=3"),
+    "unknown RoPE": (lambda f: edit_config(f, rope_scaling={"type": "dynamic"}), "'dynamic' is not"),
+}
+
+
+@pytest.mark.parametrize("spoil, complaint", SPOILED_CONFIGS.values(), ids=SPOILED_CONFIGS.keys())
+def test_configs_of_other_models_are_refused(folder, spoil, complaint):
+    """What this model can't represent is an error, not a guess."""
+    spoil(folder)
+    with pytest.raises(ValueError, match=complaint):
+        m.load_pretrained(folder)
+
+
+def test_a_folder_is_replaced_whole(folder):
+    """The new folder holds the new files alone, and nothing lies beside it."""
+    (folder.parent / "model.writing").mkdir()  # left by a crash
+    (folder.parent / "model.writing" / "half").touch()
+    with m.replaced_folder(folder) as temporary:
+        assert (folder / "config.json").exists()  # still the old one
+        (temporary / "sub").mkdir()
+        (temporary / "sub" / "new").write_text("new")
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+    assert [path.name for path in folder.rglob("*")] == ["sub", "new"]
+
+
+@pytest.mark.parametrize("existed", [True, False])
+def test_a_failed_write_leaves_nothing(folder, existed):
+    """An exception on the way passes through; the old folder has its bytes, and nothing else is there."""
+    path = folder if existed else folder.with_name("another")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(RuntimeError, match="disk full"), m.replaced_folder(path) as temporary:
+        (temporary / "config.json").write_text("half")
+        raise RuntimeError("disk full")
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert [p.name for p in folder.parent.iterdir()] == ["model"]
+
+
+# --- 8. Presets --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, parameters", [
+    ("smollm2-135m", 134_515_008),
+    ("llama3.2-1b", 1_235_814_400),
+    ("llama3.2-3b", 3_212_749_824),
+    ("llama3-8b", 8_030_261_248),
+])
+def test_presets_have_the_published_number_of_parameters(name, parameters):
+    """Counted on the meta device, where weights have shapes and take no memory."""
+    with torch.device("meta"):
+        model = Transformer(m.preset_config(name, vocab_size=1000))
+    assert sum(weight.numel() for weight in model.parameters()) == parameters
+
+
+def test_the_tiny_preset_takes_the_tokenizers_vocabulary():
+    """And its 8 query and 4 KV heads of 16 are what the 8-rank command needs."""
+    config = m.preset_config("tiny", vocab_size=261)
+    assert (config.vocab_size, config.n_heads, config.n_kv_heads, config.head_dim) == (261, 8, 4, 16)
+
+
+def test_wrong_presets_are_refused():
+    """An unknown name with the choices, and a tokenizer with more ids than the model has."""
+    with pytest.raises(ValueError, match=r"'llama4' is unknown.*tiny, smollm2-135m, .*llama3-8b"):
+        m.preset_config("llama4", 261)
+    with pytest.raises(ValueError, match=r"'smollm2-135m' has 49152 token ids.*uses 49153"):
+        m.preset_config("smollm2-135m", 49_153)
+
+
+@pytest.mark.parametrize("s", [1024, 65_536, 524_288])
+def test_flops_of_llama3_8b(s):
+    """Per token 6 x 7.505e9 for the weights, and 786,432 x s for causal attention over s tokens."""
+    config = m.preset_config("llama3-8b", 1000)
+    per_token = 6 * 7.505e9 + 786_432 * s  # 7.505e9 is rounded: 0.1% covers it
+    assert m.flops_per_step(config, (s,)) / s == pytest.approx(per_token, rel=1e-3)
+    assert m.flops_per_step(config, (s, s)) == 2 * m.flops_per_step(config, (s,))  # none across documents
+
+
+def test_flops_equal_what_pytorch_counts():
+    """The weights' share, against PyTorch's own counter over a forward and backward pass."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = random_model(torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        loss_gradients(model, random_ids(30), random_ids(30), (1,) * 30)
+    counts = counter.get_flop_counts()["Global"]
+    matmuls = sum(n for op, n in counts.items() if "attention" not in str(op))
+    attention = 6 * 2 * 4 * 16 * 30  # n_layers * n_heads * head_dim, 30 documents of length 1
+    assert matmuls == m.flops_per_step(model.config, (1,) * 30) - attention

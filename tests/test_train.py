@@ -1,0 +1,321 @@
+"""Training: recipes add up, steps are exact, runs repeat and resume to the last bit, a tiny model learns.
+
+Runs are whole runs: `train.train(config)` in this process, on one rank, in a temporary folder.
+"""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+import data
+import eval as evaluation
+import model as model_module
+import train
+from train import RECIPES, Stage, TrainConfig
+
+ROOT = Path(__file__).parent.parent
+NOT_REPEATED = {"tok_per_s", "mfu", "mem_gib", "time_s"}  # what depends on the machine's mood
+
+
+@pytest.fixture(autouse=True)
+def leave_no_process_group():
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.fixture
+def three_stages(monkeypatch):
+    """The tiny recipe at lengths that cost nothing: the curriculum, without the wait."""
+    mix = {"recall_bare-256": 0.3, "icl-128": 0.3, "short": 0.4}
+    stages = [train._tiny(name, seq_len, theta, steps=4, batch_tokens=2048, mixture=mix)
+              for name, seq_len, theta in (("base", 256, 1e4), ("long", 512, 8e4), ("ultra", 1024, 6.4e5))]
+    monkeypatch.setitem(RECIPES, "tiny", stages)
+
+
+def run(folder: Path, **options) -> Path:
+    """A run of few steps without evaluation, unless `options` say otherwise."""
+    defaults = {"stage": "base", "steps": 4, "eval": False, "out": str(folder)}
+    return train.train(TrainConfig(**{**defaults, **options}))
+
+
+def read_log(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in NOT_REPEATED} for row in rows]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint: weights and Adam's moments."""
+    return {f"{path.name}/{key}": value for path in sorted(folder.glob("*.safetensors"))
+            for key, value in load_file(path).items()}
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+
+
+# --- Recipes ---
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_shares_add_up_and_every_stage_is_longer(recipe):
+    """Mixtures sum to 1; lengths and theta only grow, theta at least eightfold."""
+    stages = RECIPES[recipe]
+    for stage in stages:
+        assert sum(stage.mixture.values()) == pytest.approx(1)
+        assert stage.batch_tokens % stage.seq_len == 0 and stage.steps > 0
+    for before, after in zip(stages, stages[1:], strict=False):
+        assert after.seq_len > before.seq_len and after.rope_theta >= 8 * before.rope_theta
+
+
+def test_prolong_recipe_has_the_papers_numbers():
+    """Table 9: shares, lengths, theta, tokens, batches, rates."""
+    first, second = RECIPES["prolong"]
+    assert (first.seq_len, second.seq_len) == (65_536, 524_288)
+    assert (first.rope_theta, second.rope_theta) == (8e6, 1.28e8)
+    assert first.tokens == second.tokens == 20 * 2**30
+    assert (first.batch_tokens, second.batch_tokens) == (4 * 2**20, 8 * 2**20)
+    assert (first.lr, first.min_lr, first.warmup) == (1e-5, 1e-6, 0.1)
+    assert (second.lr, second.min_lr) == (5e-6, 5e-7)  # the authors' script; the paper says 1e-5
+    assert first.mixture["code_repos-64k"] == 0.30 and first.mixture["fineweb"] == pytest.approx(0.37 * 0.27)
+    assert second.mixture["books-512k"] == pytest.approx(0.30 * 0.17)
+    assert second.mixture["code_repos-512k"] == second.mixture["code_repos-64k"] == 0.15
+
+
+def test_learning_rate_warms_up_and_decays():
+    """Tenth of the steps in a line to the peak, then a cosine to the lowest."""
+    stage = Stage("s", 8, 1e4, {"short": 1.0}, tokens=8 * 100, batch_tokens=8, lr=1.0, min_lr=0.1)
+    rates = [train.learning_rate(stage, step) for step in range(100)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)]) and max(rates) == 1.0
+    assert rates[55] == pytest.approx(0.55) and rates[99] == pytest.approx(0.1, abs=1e-3)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+def test_a_stage_at_another_length():
+    """Longest documents follow the length, shorter ones stay, theta follows the NTK rule upward only."""
+    ultra = RECIPES["tiny"][-1]
+    longer, shorter = train.stage_at_length(ultra, 65_536, 16), train.stage_at_length(ultra, 1024, 16)
+    assert "recall-64k" in longer.mixture and "icl-2k" in longer.mixture and longer.seq_len == 65_536
+    assert longer.rope_theta == pytest.approx(ultra.rope_theta * 4 ** (16 / 14))
+    assert "recall-1k" in shorter.mixture and shorter.rope_theta == ultra.rope_theta
+    assert sum(shorter.mixture.values()) == pytest.approx(1)
+
+
+# --- The step and the run ---
+
+
+def test_same_seed_same_log_and_another_seed_another(tmp_path, three_stages):
+    """Two runs of one command agree in every logged number and every weight."""
+    for name in ("a", "b"):
+        run(tmp_path / name, stage="")
+    run(tmp_path / "c", stage="", seed=1)
+    assert read_log(tmp_path / "a") == read_log(tmp_path / "b") and len(read_log(tmp_path / "a")) == 12
+    for stage in ("base", "long", "ultra"):
+        assert_same(*(weights(tmp_path / name / "checkpoints" / f"{stage}-4") for name in "ab"))
+    assert read_log(tmp_path / "a")[0]["loss"] != read_log(tmp_path / "c")[0]["loss"]
+
+
+def test_micro_batches_are_one_big_batch(tmp_path):
+    """Eight micro-batches of one sequence give the step of one micro-batch of eight, in float64 to 1e-12."""
+    runs = [run(tmp_path / str(micro), dtype="float64", micro_batch_tokens=micro, steps=2)
+            for micro in (256, 1024, 2048)]
+    logs = [read_log(folder) for folder in runs]
+    for rows in zip(*logs, strict=True):
+        for key in ("loss", "grad_norm"):
+            # weights are kept in float32, and float32 is what their gradient ends in: 1e-6 of it
+            assert [row[key] for row in rows] == pytest.approx([rows[0][key]] * 3, rel=1e-6)
+        assert len({row["valid_tokens"] for row in rows}) == 1
+
+
+def test_reordering_changes_no_gradient(tmp_path):
+    """A step sorted by cost and a step as drawn have the same loss and norm."""
+    options = {"stage": "long", "steps": 2, "batch_tokens": 8192, "micro_batch_tokens": 2048}
+    a = read_log(run(tmp_path / "a", **options))
+    b = read_log(run(tmp_path / "b", reorder=False, **options))
+    for x, y in zip(a, b, strict=True):
+        assert x["loss"] == pytest.approx(y["loss"], rel=1e-5)
+        assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_precision_is_where_it_should_be(tmp_path, dtype):
+    """Weights and moments are kept in float32 whatever is computed in; bfloat16 really is used."""
+    folder = run(tmp_path / "run", dtype=dtype)
+    for key, value in weights(folder / "checkpoints" / "base-4").items():
+        assert value.dtype == torch.float32, key
+    loss = read_log(folder)[0]["loss"]
+    exact = read_log(run(tmp_path / "exact", dtype="float64"))[0]["loss"]
+    error = abs(loss - exact)
+    assert error < 1e-5 if dtype == "float32" else 1e-5 < error < 3e-2
+
+
+def test_resumed_is_uninterrupted(tmp_path, three_stages):
+    """A run that stops inside its second stage and goes on ends with the same bits and the same log."""
+    options = {"stage": "", "save_every": 2}
+    whole = run(tmp_path / "whole", **options)
+    stopped = run(tmp_path / "stopped", **options)
+    for path in (stopped / "checkpoints").iterdir():  # as if it had died after long step 3
+        if path.name not in ("base-2", "base-4", "long-2"):
+            for file in path.iterdir():
+                file.unlink()
+            path.rmdir()
+    lines = (stopped / "log.jsonl").read_text().splitlines(keepends=True)
+    (stopped / "log.jsonl").write_text("".join(lines[:7]) + lines[7][:20])  # the last line half written
+    train.train(TrainConfig(resume=str(stopped)))
+    assert read_log(whole) == read_log(stopped)
+    for path in (whole / "checkpoints").iterdir():
+        if path.name not in ("base-2", "base-4", "long-2"):
+            assert_same(weights(path), weights(stopped / "checkpoints" / path.name))
+
+
+def test_adams_moments_go_on_and_the_rate_starts_over(tmp_path, three_stages):
+    """--init from a run of ours carries Adam's state; from its weights alone, not."""
+    base = run(tmp_path / "base")
+    options = {"stage": "long", "steps": 1}
+    carried = run(tmp_path / "carried", init=str(base), **options)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((base / "checkpoints" / "base-4" / name).read_bytes())
+    fresh = run(tmp_path / "fresh", init=str(bare), **options)
+    steps = [weights(folder / "checkpoints" / "long-1")["optimizer-00001-of-00001.safetensors/norm.weight/step"]
+             for folder in (carried, fresh)]
+    assert [int(step) for step in steps] == [5, 1]
+    first = [read_log(folder)[0] for folder in (carried, fresh)]
+    assert first[0]["loss"] == first[1]["loss"] and first[0]["lr"] == RECIPES["tiny"][1].lr
+
+
+def test_a_diverging_run_stops_and_names_its_sequences(tmp_path, monkeypatch):
+    """An infinite loss ends the run before any weight is touched; the last checkpoint is whole."""
+    honest, calls = model_module.chunked_cross_entropy, []
+
+    def poisoned(*args):
+        calls.append(1)
+        total, valid = honest(*args)
+        return total * (math.inf if len(calls) == 4 else 1), valid
+
+    monkeypatch.setattr(model_module, "chunked_cross_entropy", poisoned)
+    with pytest.raises(train.Diverged, match=r"stage base step 4: loss is inf.*recall_bare-256\[\d+\]"):
+        run(tmp_path / "run", steps=6, save_every=3)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["base-3"]
+
+
+def test_a_packed_folder_of_ones_own(tmp_path):
+    """--data reads folders that data.py packed, and the mixture's names are theirs."""
+    tokenizer, report = data.load_tokenizer(), data.PackReport()
+    sequences = data.pack_builtin("icl-256", tokenizer, 256, 0, report)
+    data.write_packed(tmp_path / "packs" / "mine", (next(sequences) for _ in range(20)), tokenizer, 256,
+                      "mine", 0, report)
+    folder = run(tmp_path / "run", data=str(tmp_path / "packs"), mix="mine=1")
+    assert len(read_log(folder)) == 4 and not (folder / "data").exists()
+
+
+def test_a_tiny_model_learns_what_it_could_not_do(tmp_path):
+    """Recall of 16 pairs goes from nothing to nearly all in 1,300 steps of the base stage."""
+    tokenizer = data.load_tokenizer()
+    folder = run(tmp_path / "run", steps=1300)
+    before = model_module.Transformer(model_module.preset_config("tiny", tokenizer.vocab_size)).init_weights(0)
+    after = model_module.load_pretrained(folder / "checkpoints" / "base-1300")
+    scores = [evaluation.run_task(m, tokenizer, "recall_bare", 160, 208)["score"] for m in (before, after)]
+    assert scores[0] <= 0.01 and scores[1] >= 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_whole_recipe(tmp_path, seed):
+    """The tiny recipe's promises, for each of three seeds (ten minutes each; numbers in docs/LOG.md)."""
+    begin = time.monotonic()
+    folder = train.train(TrainConfig(seed=seed, out=str(tmp_path / "run")))
+    assert time.monotonic() - begin < 600
+    base, long, ultra = ({(row["task"], row["length"]): row for row in
+                          json.loads((folder / "eval" / f"{name}.json").read_text())["results"]}
+                         for name in ("base", "long", "ultra"))
+    assert base["recall_bare", 160]["score"] >= 0.95 and base["recall", 1024]["score"] <= 0.2
+    assert all(long["recall", length]["score"] >= 0.95 for length in (256, 512, 1024, 2048))
+    assert all(ultra["recall", length]["score"] >= 0.93 for length in (256, 512, 1024, 2048))
+    assert all(ultra["recall", length]["score"] >= 0.90 for length in (4096, 8192))
+    assert ultra["recall", 16_384]["score"] >= 0.80
+    assert all(ultra["icl", length]["low"] > 0.3 for length in (512, 1024, 2048))
+
+
+# --- Bad input ---
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ("--sequence 2k", "unrecognized arguments"),
+    ("--step 3", "unrecognized arguments"),
+    ("--seq 12q", "length '12q'"),
+    ("--recipe huge", "recipe 'huge'"),
+    ("--stage middle", "no stage 'middle'"),
+    ("--model llama9", "model 'llama9'"),
+    ("--mix recall-2k=-1", "none negative"),
+    ("--mix recall-2k=0", "not all 0"),
+    ("--mix recall-2k", "not NAME=SHARE"),
+    ("--mix gossip-2k=1 --stage long", "domain 'gossip-2k'"),
+    ("--mix code_repos-2k=1 --stage long", "fills a sequence of 2,048 tokens"),
+    ("--mix recall-2k=1 --stage base", "do not fit sequences of 256"),
+    ("--data nowhere", "nowhere is not a folder"),
+    ("--data empty", "has no meta.json"),
+    ("--data other --mix other=1 --stage base", "packed with tokenizer"),
+    ("--data corrupt --mix corrupt=1 --stage base", "not readable JSON"),
+    ("--batch-tokens 1000", "not a whole number of sequences"),
+    ("--micro-batch-tokens 768 --stage base", "micro_batch_tokens=768"),
+    ("--seq-parallel-size 3", "seq_parallel_size=3"),
+    ("--dtype float8", "dtype 'float8'"),
+    ("--attention magic --steps 1", "backend 'magic'"),
+    ("--tokenizer klingon", "tokenizer 'klingon'"),
+    ("--init nowhere", "nowhere"),
+    ("--resume nowhere", "nowhere"),
+    ("--resume run --lr 1", "drop --lr"),
+    ("--out run", "holds a run already"),
+])
+def test_bad_input_ends_in_one_line_and_code_2(tmp_path, monkeypatch, capsys, arguments, words):
+    """Whatever is wrong with the command, one line says what; no checkpoint and no pack is half-written."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty", "run"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "run" / "log.jsonl").touch()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    tokenizer = data.load_tokenizer()
+    for name in ("other", "corrupt"):
+        sequences = [data.PackedSequence(data.np.zeros(256, data.np.uint32), (256,))]
+        data.write_packed(tmp_path / name / name, sequences, tokenizer, 256, name, 0, data.PackReport())
+    meta = tmp_path / "other" / "other" / "meta.json"
+    meta.write_text(meta.read_text().replace(tokenizer.fingerprint, "0" * 16))
+    (tmp_path / "corrupt" / "corrupt" / "meta.json").write_text('{"format": ')
+    monkeypatch.setitem(data.LONG_DOMAINS, "code_repos", lambda t, seed: iter([t.document("short")]))
+    monkeypatch.setattr("sys.argv", ["train.py", *arguments.split()])
+    with pytest.raises(SystemExit) as ended:
+        data.run_main(train.main)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.count("\n") == 1 and words in error
+    assert not list(tmp_path.rglob("*.writing")) and not list(tmp_path.rglob("checkpoints"))
+
+
+def test_ctrl_c_ends_at_once_and_leaves_nothing_half_written(tmp_path):
+    """SIGINT in the middle of a run: gone within seconds, no traceback wall, whole checkpoints only."""
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--stage", "base", "--no-eval",
+                                "--save-every", "5", "--out", str(tmp_path / "run")], cwd=ROOT,
+                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "checkpoints" / "base-5").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=20)
+    assert process.returncode == 130 and error.count("\n") <= 2, error
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        if not path.name.endswith(".writing"):
+            assert train.read_state(path)["stage"] == "base" and weights(path)
