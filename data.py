@@ -362,27 +362,38 @@ def haystack_windows(tokenizer: Tokenizer, rng: np.random.Generator, batch: int,
     return text[begins + np.arange(length)]
 
 
-def recall_documents(tokenizer: Tokenizer, rng: np.random.Generator, batch: int, length: int,
-                     n_pairs: int, seed: int | None) -> Iterator[Document]:
-    """Recall documents of exactly `length` tokens. The haystack is code, or blank where seed is None.
+N_PAIRS = 16  # of a recall document with a haystack, and of every question in eval.py
 
-    All pairs are asked for at the end, in random order, and only the answers are trained.
-    """
-    room = length - 2 - 2 * n_pairs * PAIR_LEN  # 2: begin and end of text
-    if seed is None:
-        haystack = np.full((batch, room), BLANK, dtype=np.uint32)
-    else:
-        haystack = haystack_windows(tokenizer, rng, batch, room, seed)
-    pairs = recall_pairs(rng, batch, n_pairs)
+
+def recall_documents(tokenizer: Tokenizer, rng: np.random.Generator, batch: int, length: int,
+                     seed: int) -> Iterator[Document]:
+    """16 pairs scattered in real code, and a question about each at the end."""
+    room = length - 2 - 2 * N_PAIRS * PAIR_LEN  # what begin, end, pairs and questions leave
+    haystack = haystack_windows(tokenizer, rng, batch, room, seed)
+    return _ask_for_all(tokenizer, rng, recall_pairs(rng, batch, N_PAIRS), haystack)
+
+
+def bare_recall_documents(tokenizer: Tokenizer, rng: np.random.Generator, batch: int, length: int,
+                          seed: int) -> Iterator[Document]:
+    """A pair and a question to every 16 tokens, with only blanks between: the ability without the search."""
+    n_pairs = length // 16
+    blanks = np.full((batch, length - 2 - 2 * n_pairs * PAIR_LEN), BLANK, np.uint32)
+    return _ask_for_all(tokenizer, rng, recall_pairs(rng, batch, n_pairs), blanks)
+
+
+def _ask_for_all(tokenizer: Tokenizer, rng: np.random.Generator, pairs: np.ndarray,
+                 haystack: np.ndarray) -> Iterator[Document]:
+    """Scatter the pairs, then ask for every one of them, in random order; only answers are trained."""
+    batch, n_pairs, _ = pairs.shape
     contexts, _ = scatter_pairs(rng, pairs, haystack)
-    order = rng.permuted(np.tile(np.arange(n_pairs), (batch, 1)), axis=1)  # of the questions
+    order = rng.permuted(np.tile(np.arange(n_pairs), (batch, 1)), axis=1)
     asked = np.take_along_axis(pairs, order[:, :, None], axis=1)
     questions = np.concatenate((np.full((batch, n_pairs, 1), QUESTION, np.uint32), asked), axis=2)
     edge = np.ones((batch, 1), dtype=np.uint32)
     ids = np.concatenate((edge * tokenizer.bos_id, contexts, questions.reshape(batch, -1),
                           edge * tokenizer.eos_id), axis=1)
     is_answer = np.tile(np.arange(PAIR_LEN) >= 2, n_pairs)
-    mask = np.concatenate((np.zeros(length - 1 - len(is_answer), bool), is_answer, [False]))
+    mask = np.concatenate((np.zeros(1 + contexts.shape[1], bool), is_answer, [False]))
     for row in ids:
         yield Document(row, mask)
 
@@ -408,8 +419,8 @@ def icl_lines(rng: np.random.Generator, batch: int, n_lines: int) -> np.ndarray:
     return np.concatenate((letters, mark * ord(">"), label, mark * BLANK), axis=2).astype(np.uint32)
 
 
-def icl_documents(tokenizer: Tokenizer, rng: np.random.Generator, batch: int,
-                  length: int) -> Iterator[Document]:
+def icl_documents(tokenizer: Tokenizer, rng: np.random.Generator, batch: int, length: int,
+                  seed: int) -> Iterator[Document]:
     """ICL documents of exactly `length` tokens; labels are trained from the second round on."""
     n_lines, spare = divmod(length - 2, ICL_LINE)
     lines = icl_lines(rng, batch, n_lines).reshape(batch, -1)
@@ -422,10 +433,15 @@ def icl_documents(tokenizer: Tokenizer, rng: np.random.Generator, batch: int,
         yield Document(row, mask)
 
 
-def _octaves(make: Callable[..., Iterator[Document]], shortest: int) -> Callable[..., Iterator[Document]]:
-    """Documents of `longest` tokens, a half and a quarter of that (but `shortest`), in equal shares.
+Maker = Callable[[Tokenizer, np.random.Generator, int, int, int], Iterator[Document]]
+#                 (tokenizer, rng, batch, length, seed) -> `batch` documents of exactly `length` tokens
 
-    Equal shares of tokens, not of documents: counted by heads, the long ones would be all there is.
+
+def _octaves(make: Maker, shortest: int, octaves: int) -> Callable[..., Iterator[Document]]:
+    """Documents of `longest` tokens, half of that, a quarter, ...: each length with as many tokens.
+
+    Equal shares of tokens, not of documents: counted by heads, the long ones would be all there is. The
+    shortest are what a model learns first, and with them the rest.
     """
 
     def documents(tokenizer: Tokenizer, seed: int, longest: int) -> Iterator[Document]:
@@ -433,37 +449,21 @@ def _octaves(make: Callable[..., Iterator[Document]], shortest: int) -> Callable
             raise ValueError(f"documents of this domain cannot be {longest} tokens long; choose {shortest} "
                              "times a power of 2")
         rng = _generator(seed, make.__name__, longest)
-        lengths = [longest // part for part in PARTS if longest // part >= shortest]
+        lengths = [longest >> i for i in reversed(range(octaves)) if longest >> i >= shortest]
         for length in itertools.cycle(lengths):
             yield from make(tokenizer, rng, longest // length, length, seed)
 
     return documents
 
 
-def _bare_recall(tokenizer: Tokenizer, rng: np.random.Generator, batch: int, length: int,
-                 seed: int) -> Iterator[Document]:
-    return recall_documents(tokenizer, rng, batch, length, n_pairs=length // 16, seed=None)
-
-
-def _code_recall(tokenizer: Tokenizer, rng: np.random.Generator, batch: int, length: int,
-                 seed: int) -> Iterator[Document]:
-    return recall_documents(tokenizer, rng, batch, length, n_pairs=PAIRS(length), seed=seed)
-
-
-def _icl(tokenizer: Tokenizer, rng: np.random.Generator, batch: int, length: int,
-         seed: int) -> Iterator[Document]:
-    return icl_documents(tokenizer, rng, batch, length)
-
-
-PARTS = (4, 2, 1)
-PAIRS = lambda length: 16
-
-
 # Domains that are real text, packed long or short, and domains made to measure.
 LONG_DOMAINS = {"code_repos": code_repos, "textbooks": textbooks}
 SHORT_DOMAINS = {"short": short}
-SYNTHETIC_DOMAINS = {"recall_bare": _octaves(_bare_recall, 32), "recall": _octaves(_code_recall, 256),
-                     "icl": _octaves(_icl, 64)}
+SYNTHETIC_DOMAINS = {
+    "recall_bare": _octaves(bare_recall_documents, shortest=32, octaves=4),  # 2, 4, 8 and 16 pairs in 256
+    "recall": _octaves(recall_documents, shortest=256, octaves=3),
+    "icl": _octaves(icl_documents, shortest=64, octaves=3),
+}
 REAL_TEXT = LONG_DOMAINS.keys() | SHORT_DOMAINS.keys()
 
 

@@ -64,36 +64,35 @@ class Example:
 class Task:
     """A way to make examples of a given length, and the score of pure guessing."""
 
-    examples: Callable[[Tokenizer, int, int, int], list[Example]]  # (tokenizer, length, n, seed)
+    examples: Callable[[Tokenizer, int, int, int], list[Example]]  # (tokenizer, length, contexts, seed)
     chance: float
-    default_length: int | None = None  # a task of one length only
-
-
-QUESTIONS_PER_CONTEXT = 16  # reading a long context costs far more than asking about it
+    questions: int  # per context: to read a long one costs far more than to ask about it
+    only_length: int | None = None  # a task of one length
 
 
 def recall_examples(tokenizer: Tokenizer, length: int, n: int, seed: int) -> list[Example]:
     """16 pairs scattered in held-out code, and a question about each: all depths in equal numbers."""
-    return _recall(tokenizer, length, n, seed, bare=False)
+    rng = np.random.default_rng((seed, length, n))
+    haystack = data.haystack_windows(tokenizer, rng, n, _room(length), seed, held_out=True)
+    return _ask_for_each(tokenizer, rng, haystack)
 
 
 def bare_recall_examples(tokenizer: Tokenizer, length: int, n: int, seed: int) -> list[Example]:
     """16 pairs with nothing but blanks between them: the ability itself, without the haystack."""
-    return _recall(tokenizer, length, n, seed, bare=True)
+    blanks = np.full((n, _room(length)), data.BLANK, np.uint32)
+    return _ask_for_each(tokenizer, np.random.default_rng((seed, length, n)), blanks)
 
 
-def _recall(tokenizer: Tokenizer, length: int, n: int, seed: int, bare: bool) -> list[Example]:
-    n_pairs = QUESTIONS_PER_CONTEXT
-    rng = np.random.default_rng((seed, length, n, bare))
-    contexts = -(-n // QUESTIONS_PER_CONTEXT)
-    room = length - 1 - (n_pairs + 1) * data.PAIR_LEN  # begin of text, the pairs, one question
+def _room(length: int) -> int:
+    """Tokens of haystack in a context: without begin of text, the pairs, one question and its answer."""
+    room = length - 1 - (data.N_PAIRS + 1) * data.PAIR_LEN
     if room < 0:
-        raise ValueError(f"recall of {n_pairs} pairs needs {length - room} tokens, got {length}")
-    if bare:
-        haystack = np.full((contexts, room), data.BLANK, np.uint32)
-    else:
-        haystack = data.haystack_windows(tokenizer, rng, contexts, room, seed, held_out=True)
-    pairs = data.recall_pairs(rng, contexts, n_pairs)
+        raise ValueError(f"recall of {data.N_PAIRS} pairs needs {length - room} tokens, got {length}")
+    return room
+
+
+def _ask_for_each(tokenizer: Tokenizer, rng: np.random.Generator, haystack: np.ndarray) -> list[Example]:
+    pairs = data.recall_pairs(rng, len(haystack), data.N_PAIRS)
     rows, starts = data.scatter_pairs(rng, pairs, haystack)
     examples = []
     for row, row_pairs, row_starts in zip(rows, pairs, starts, strict=True):
@@ -106,20 +105,18 @@ def _recall(tokenizer: Tokenizer, length: int, n: int, seed: int, bare: bool) ->
 def icl_examples(tokenizer: Tokenizer, length: int, n: int, seed: int) -> list[Example]:
     """As many labelled lines as fit; the questions are new lines, whose labels follow from the others."""
     rng = np.random.default_rng((seed, length, n))
-    contexts = -(-n // QUESTIONS_PER_CONTEXT)
     n_lines = (length - 1) // data.ICL_LINE - 1
-    lines = data.icl_lines(rng, contexts, n_lines + QUESTIONS_PER_CONTEXT)
     examples = []
-    for row in lines:
+    for row in data.icl_lines(rng, n, n_lines + TASKS["icl"].questions):
         context = np.concatenate(([tokenizer.bos_id], row[:n_lines].reshape(-1)))
         examples.append(Example(context, tuple(Question(line[:2], line[2:3]) for line in row[n_lines:])))
     return examples
 
 
 TASKS: dict[str, Task] = {
-    "recall_bare": Task(bare_recall_examples, len(data.SYMBOLS) ** -data.VALUE_LEN, default_length=160),
-    "recall": Task(recall_examples, len(data.SYMBOLS) ** -data.VALUE_LEN),
-    "icl": Task(icl_examples, 1 / len(data.TOPICS)),
+    "recall_bare": Task(bare_recall_examples, len(data.SYMBOLS) ** -data.VALUE_LEN, data.N_PAIRS, 160),
+    "recall": Task(recall_examples, len(data.SYMBOLS) ** -data.VALUE_LEN, data.N_PAIRS),
+    "icl": Task(icl_examples, 1 / len(data.TOPICS), 26),
 }
 
 
@@ -148,7 +145,7 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float]:
     z, p = 1.96, correct / n
     center = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, center - half), min(1.0, center + half)
+    return max(0.0, min(p, center - half)), min(1.0, max(p, center + half))  # rounding aside
 
 
 def run_task(model: Transformer, tokenizer: Tokenizer, task: str, length: int, n: int, seed: int = 0,
@@ -157,7 +154,8 @@ def run_task(model: Transformer, tokenizer: Tokenizer, task: str, length: int, n
     if task not in TASKS:
         raise ValueError(f"task {task!r} is unknown; choose from {', '.join(TASKS)}")
     outcomes: list[tuple[bool, float | None]] = []
-    for example in TASKS[task].examples(tokenizer, length, n, seed):
+    contexts = -(-n // TASKS[task].questions)
+    for example in TASKS[task].examples(tokenizer, length, contexts, seed):
         right = answer_questions(model, example, greedy_decode)
         outcomes += [(r, q.depth) for r, q in zip(right, example.questions, strict=True)]
         progress(len(example.context_ids))
@@ -225,11 +223,11 @@ def evaluate(model: Transformer, config: EvalConfig, name: str) -> dict[str, Any
     for task in config.tasks.split(","):
         if task not in TASKS:
             raise ValueError(f"task {task!r} is unknown; choose from {', '.join(TASKS)}")
-        fixed = TASKS[task].default_length
+        fixed = TASKS[task].only_length
         jobs += [(task, length) for length in ([fixed] if fixed else lengths)]
-    contexts = -(-config.samples // QUESTIONS_PER_CONTEXT)
+    total = sum(length * -(-config.samples // TASKS[task].questions) for task, length in jobs)
     model.eval()
-    with tqdm(total=sum(length * contexts for _, length in jobs), unit="tok", unit_scale=True,
+    with tqdm(total=total, unit="tok", unit_scale=True,
               desc=f"evaluate {name}", leave=False, disable=None) as bar:
         results = [run_task(model, tokenizer, task, length, config.samples, config.seed, config.decode,
                             bar.update) for task, length in jobs]

@@ -131,12 +131,12 @@ def _tiny(name: str, seq_len: int, rope_theta: float, steps: int, batch_tokens: 
 RECIPES: dict[str, list[Stage]] = {
     "tiny": [
         _tiny("base", 256, 1e4, 2400, 2048, {"recall_bare-256": 1.0}),
-        _tiny("long", 2048, 8e4, 1500, 2048,
-              {"recall_bare-256": 0.15, "recall-256": 0.10, "recall-2k": 0.50, "code_repos-2k": 0.10,
-               "textbooks-2k": 0.03, "short": 0.05, "icl-2k": 0.07}),
-        _tiny("ultra", 16_384, 6.4e5, 110, 16_384,
-              {"recall_bare-256": 0.04, "recall-2k": 0.12, "recall-16k": 0.60, "code_repos-16k": 0.12,
-               "textbooks-16k": 0.03, "short": 0.03, "icl-2k": 0.06}),
+        _tiny("long", 2048, 3.2e5, 1500, 2048,
+              {"recall_bare-256": 0.12, "recall-256": 0.10, "recall-2k": 0.50, "code_repos-2k": 0.10,
+               "textbooks-2k": 0.03, "short": 0.05, "icl-2k": 0.10}),
+        _tiny("ultra", 16_384, 1e7, 130, 16_384,
+              {"recall_bare-256": 0.04, "recall-2k": 0.10, "recall-16k": 0.60, "code_repos-16k": 0.12,
+               "textbooks-16k": 0.03, "short": 0.03, "icl-2k": 0.08}),
     ],
     "prolong": [
         Stage("64k", 65_536, 8e6, _with_short_mix({"code_repos-64k": 0.30, "books-64k": 0.30,

@@ -25,8 +25,8 @@ def model(tokenizer):
 @pytest.mark.parametrize("task, length", [("recall_bare", 160), ("recall", 256), ("recall", 777), ("icl", 256)])
 def test_examples_fill_the_length_and_hold_their_answers(tokenizer, task, length):
     """Context, question and answer fit the length; the answer stands where the depth says, or can be inferred."""
-    examples = evaluation.TASKS[task].examples(tokenizer, length, 64, 0)
-    assert sum(len(example.questions) for example in examples) >= 64
+    examples = evaluation.TASKS[task].examples(tokenizer, length, 4, 0)
+    assert [len(e.questions) for e in examples] == [evaluation.TASKS[task].questions] * 4
     for example in examples:
         text = example.context_ids.tolist()
         assert text[0] == tokenizer.bos_id
@@ -57,7 +57,7 @@ def test_contexts_come_from_packages_that_are_never_trained_on(tokenizer):
 @pytest.mark.parametrize("task, length", [("recall", 256), ("icl", 256), ("recall_bare", 160)])
 def test_an_oracle_scores_one_and_a_guesser_chance(tokenizer, monkeypatch, task, length):
     """Right logits at every answer give 1.0; uniformly random ones give chance, inside the interval."""
-    example = evaluation.TASKS[task].examples(tokenizer, length, 16, 0)[0]
+    example = evaluation.TASKS[task].examples(tokenizer, length, 1, 0)[0]
     rng = torch.Generator().manual_seed(0)
 
     def fake_decode(knows):
@@ -76,7 +76,7 @@ def test_an_oracle_scores_one_and_a_guesser_chance(tokenizer, monkeypatch, task,
     assert all(evaluation.answer_questions(Transformer(preset_config("tiny", 261)), example))
     monkeypatch.setattr(evaluation, "decode", fake_decode(False))
     row = evaluation.run_task(Transformer(preset_config("tiny", 261)), tokenizer, task, length, 640)
-    assert row["n"] == 640 and row["low"] <= row["chance"] <= row["high"]
+    assert row["n"] >= 640 and row["low"] <= row["chance"] <= row["high"]
 
 
 @pytest.mark.parametrize("task, length", [("recall", 256), ("icl", 128)])
@@ -87,7 +87,7 @@ def test_teacher_forcing_agrees_with_greedy_decoding(tokenizer, task, length):
     model = Transformer(config).init_weights(1).to(torch.float64)
     with torch.no_grad():  # so sharp that greedy answers repeat one digit: some ICL answers come out right
         model.embed_tokens.weight *= 40
-    for example in evaluation.TASKS[task].examples(tokenizer, length, 32, 0):
+    for example in evaluation.TASKS[task].examples(tokenizer, length, 2, 0):
         # the answers that greedy decoding gives, put in as the right ones for every other question
         questions = []
         for i, q in enumerate(example.questions):

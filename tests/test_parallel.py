@@ -80,8 +80,8 @@ CASES = {
        for h, kv in ((8, 8), (8, 4), (8, 1), (16, 8), (12, 2))},
     "tied": Case(tied=True),
     "three_micro_batches": Case(("odd", "local", "fills_all"), micro_batches=3, tied=True),
-    "only_last_tokens_train": Case(("odd", "local"), micro_batches=3, trained=lambda i: slice(S - 6, S)),
-    "only_first_sequence_trains": Case(micro_batches=3, trained=lambda i: slice(0, 0 if i else S)),
+    "only_last_tokens_train": Case(trained=lambda i: slice(S - 6, S)),  # ranks without any label
+    "only_first_sequence_trains": Case(micro_batches=2, trained=lambda i: slice(0, 0 if i else S)),
     "nothing_trains": Case(trained=lambda i: slice(0, 0)),
 }
 
@@ -133,7 +133,7 @@ def reference_step(case: Case, sequences: list[PackedSequence]) -> tuple[float, 
     sums = [model.loss(batch.input_ids, batch.labels, batch.doc_lens) for batch in batches]
     loss = sum(loss_sum for loss_sum, _ in sums) / max(1, sum(int(valid) for _, valid in sums))
     loss.backward()
-    return float(loss), {name: weight.grad for name, weight in model.named_parameters()}
+    return float(loss.detach()), {name: weight.grad for name, weight in model.named_parameters()}
 
 
 class Catcher:
@@ -236,9 +236,11 @@ def count_model_exchanges(parallel: Parallel, pack: str) -> int:
 
 def message_of(call: Callable[[], object]) -> str:
     """The message of the ValueError that `call` must raise."""
-    with pytest.raises(ValueError) as caught:
+    try:
         call()
-    return str(caught.value)
+    except ValueError as error:
+        return str(error)
+    raise AssertionError("no ValueError was raised")
 
 
 def whole_state(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -254,7 +256,7 @@ def take_steps(model: Transformer, optimizer: torch.optim.Optimizer, parallel: P
                n: int) -> dict[str, Tensor]:
     """Optimizer steps `first` ... of a training that all grids share; return weights and moments."""
     for step in range(first, first + n):
-        sequences = make_sequences(("odd", "local", "over_three", "ones"), 8, seed=step)
+        sequences = make_sequences(("odd", "local", "over_three", "ones"), 4, seed=step)
         train.train_step(model, optimizer, deal(sequences, parallel), 1e-2, parallel)
     return whole_state(model, optimizer)
 
@@ -268,7 +270,7 @@ def check_ten_steps(parallel: Parallel, folder: Path) -> None:
         whole = take_steps(model, optimizer, parallel, first=0, n=10)
         if parallel.main:
             save_file(whole, folder / f"ten-{grid}-{str(dtype)[6:]}.safetensors")
-    state = {"stage": "long", "step": 10, "tokens_seen": 80 * S, "drawn": {}}
+    state = {"stage": "long", "step": 10, "tokens_seen": 40 * S, "drawn": {}}
     train.save_checkpoint(folder / f"checkpoint-{grid}", model, optimizer, state, parallel)
     whole = take_steps(model, optimizer, parallel, first=10, n=1)
     if parallel.main:
@@ -339,6 +341,7 @@ def check_divergence(poison: str, parallel: Parallel) -> dict[str, object]:
 
 BEFORE = {2: None, 4: 2, 1: 4, 8: 4}  # which world's checkpoints must exist
 READS = {2: [], 4: ["1x2"], 1: ["1x2", "2x2"], 8: ["2x2"]}  # which world reads whose checkpoint
+TEN_STEPS = ["1x1", "2x1", "1x2", "2x2"]  # grids that train for ten steps and leave a checkpoint
 EXCHANGED_HEADS = [(8, 8), (8, 4), (8, 2), (8, 1), (12, 2), (32, 8)]
 
 
@@ -355,13 +358,14 @@ def worker(rank: int, world: int, folder: Path) -> None:
         parallel, grid = init_parallel(sp), f"{dp}x{sp}"
         for name in (name for g, name in grid_cases(world) if g == grid):
             found[f"{grid}/{name}"] = compare_with_reference(CASES[name], parallel)
-        if world < 8:
+        if grid in TEN_STEPS:
             check_ten_steps(parallel, folder)
     found["divergence"] = {poison: check_divergence(poison, parallel) for poison in POISONS}
     found["checkpoints"] = {writer: check_checkpoint(writer, parallel, folder) for writer in READS[world]}
     if world == 1:
-        found["accumulation"] = {per_batch: compare_with_reference(
-            Case(("odd", "ones"), micro_batches=4 // per_batch), parallel, per_batch) for per_batch in (1, 2, 4)}
+        for per_batch in (1, 2, 4):
+            found[f"accumulation_{per_batch}"] = compare_with_reference(
+                Case(("odd", "ones"), micro_batches=4 // per_batch), parallel, per_batch)
     else:  # `parallel` is now 1 x P
         found["tempting_rule"] = check_tempting_rule(parallel)
         found["exchanged"] = {f"{h}/{kv}": count_exchanged(parallel, h, kv) for h, kv in EXCHANGED_HEADS
@@ -394,13 +398,18 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict
 # --- 5. The tests ------------------------------------------------------------------------------------------
 
 
+def slow_if(world: int) -> list[pytest.MarkDecorator]:
+    """Eight processes are too many for the everyday run."""
+    return [pytest.mark.slow] if world == 8 else []
+
+
 def too_large(differences: dict[str, float], tolerance: float = SAME) -> dict[str, float]:
     """Those that are not within the tolerance (NaN is not)."""
     return {name: value for name, value in differences.items() if not value <= tolerance}
 
 
 @pytest.mark.parametrize(("world", "grid", "case"), [
-    pytest.param(world, grid, case, marks=[pytest.mark.slow] if world == 8 else [], id=f"{grid}-{case}")
+    pytest.param(world, grid, case, marks=slow_if(world), id=f"{grid}-{case}")
     for world in (1, 2, 4, 8) for grid, case in grid_cases(world)])
 def test_loss_and_gradients_equal_one_process(found, world, grid, case):
     """Loss, gradient norm and the gradient of every parameter are those of one process, to 1e-12."""
@@ -425,14 +434,14 @@ def test_packs_straddle_what_their_names_say():
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_no_exchange_for_short_documents_would_be_wrong(found, world):
-    """No document is longer than a share, and attention without an exchange is off by 10% or more."""
+    """No document is longer than a share, yet without an exchange some rank is off by more than 10%."""
     results = [rank["tempting_rule"] for rank in found(world)]
     assert all(result["rule_holds"] and result["crosses"] for result in results)
     assert max(result["wrong"] for result in results) > 0.1
     assert max(result["ours"] for result in results) <= SAME
 
 
-@pytest.mark.parametrize("grid", ["2x1", "1x2", "4x1", "2x2", "1x4"])
+@pytest.mark.parametrize("grid", TEN_STEPS[1:])
 def test_ten_steps_are_those_of_one_rank(found, grid):
     """Ten clipped AdamW steps end in the same weights: 1e-10 in float64, 1e-3 in float32 (absolute)."""
     found(1)  # the last of the default worlds: all files exist
@@ -478,13 +487,12 @@ def test_refusals_name_what_would_work(found, world):
 
 
 @pytest.mark.parametrize(("world", "writer"), [
-    pytest.param(world, writer, marks=[pytest.mark.slow] if world == 8 else [], id=f"{writer}-read-by-{world}")
+    pytest.param(world, writer, marks=slow_if(world), id=f"{writer}-read-by-{world}")
     for world, writers in READS.items() for writer in writers])
 def test_checkpoints_move_between_rank_counts(found, world, writer):
     """Weights and moments come back bit for bit on another number of ranks, and training goes on."""
-    parts = {0 if world > 2 else DIM}  # from four ranks on, the last of them holds no row of a gain
     results = [rank["checkpoints"][writer] for rank in found(world)]
-    assert parts <= set(results[-1]["parts"])
+    assert (0 if world > 2 else DIM) in results[-1]["parts"]  # of four ranks, the last has no row of a gain
     for result in results:
         assert (result["differ"], result["step"]) == ([], 10)
         assert result["tensors"] == 4 * 20  # weight, exp_avg, exp_avg_sq and step of each parameter
@@ -506,5 +514,5 @@ def test_one_bad_rank_stops_all_before_the_weights_change(found, world, poison):
 def test_accumulation_is_one_big_batch(found):
     """Four sequences in 4, 2 or 1 micro-batches give one and the same gradient, to 1e-12."""
     (rank,) = found(1)
-    assert rank["accumulation"].keys() == {"1", "2", "4"}
-    assert not any(too_large(differences) for differences in rank["accumulation"].values())
+    for per_batch in (1, 2, 4):
+        assert not too_large(rank[f"accumulation_{per_batch}"])
