@@ -31,6 +31,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import shutil
 import sys
 import sysconfig
@@ -47,7 +48,7 @@ from torch import Tensor
 
 IGNORE_INDEX = -100  # the label of a token that is not trained on
 
-# --- 1. Lengths and the command line ------------------------------------------------------------------
+# --- 1. Lengths and the command line --------------------------------------------------------------
 
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "b": 2**30}
 
@@ -67,10 +68,8 @@ def parse_length(text: str | int) -> int:
 
 def format_length(tokens: int) -> str:
     """The shortest way to write a length: 2048 -> "2k"."""
-    for unit, size in reversed(_UNITS.items()):
-        if tokens % size == 0:
-            return f"{tokens // size}{unit}"
-    return str(tokens)
+    unit, size = next(item for item in reversed(_UNITS.items()) if tokens % item[1] == 0)
+    return f"{tokens // size}{unit}"
 
 
 def option(default: Any, help: str, parse: Callable[[str], Any] | None = None) -> Any:
@@ -122,15 +121,15 @@ def parse_cli(config: type[C], doc: str | None, argv: Sequence[str] | None = Non
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script: a ValueError is the user's to mend, so it ends in one line and exit code 2."""
+    """Run a script: a wrong value or file is the user's to mend, so it ends in one line and exit code 2."""
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-# --- 2. Tokenizer -----------------------------------------------------------------------------------
+# --- 2. Tokenizer ---------------------------------------------------------------------------------
 
 
 class Tokenizer:
@@ -148,11 +147,10 @@ class Tokenizer:
     @property
     def fingerprint(self) -> str:
         """Sixteen hex digits that differ whenever any text could get other ids."""
-        digest = hashlib.sha256(self.encoding._pat_str.encode())
-        for token, rank in sorted(self.encoding._mergeable_ranks.items(), key=lambda item: item[1]):
-            digest.update(rank.to_bytes(4, "little") + token + b"\0")
-        digest.update(json.dumps(self.encoding._special_tokens, sort_keys=True).encode())
-        return digest.hexdigest()[:16]
+        table = sorted((rank, token.hex()) for token, rank in self.encoding._mergeable_ranks.items())
+        whole = [self.encoding._pat_str, table, sorted(self.encoding._special_tokens.items()),
+                 self.bos_id, self.eos_id]
+        return hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:16]
 
     def encode(self, text: str) -> np.ndarray:
         """Text to ids, uint32 (n,); no special token is ever made from text."""
@@ -183,7 +181,7 @@ def load_tokenizer(spec: str = "bytes") -> Tokenizer:
     return Tokenizer(spec, encoding, "<|begin_of_text|>", "<|end_of_text|>")
 
 
-# --- 3. Documents: what every Python installation brings along -----------------------------------------
+# --- 3. Documents: what every Python installation brings along ------------------------------------
 #
 # Real text first: code repositories and prose (section 3.1). Then two synthetic domains that teach a
 # tiny model what a released checkpoint already knows: to look things up, and to learn from examples.
@@ -216,7 +214,7 @@ def list_repositories() -> dict[str, list[Path]]:
     paths = sysconfig.get_paths()
     repositories: dict[str, list[Path]] = {}
     for root in dict.fromkeys(Path(paths[key]) for key in ("stdlib", "purelib", "platlib")):
-        for entry in sorted(root.iterdir()):
+        for entry in sorted(root.iterdir()) if root.is_dir() else ():
             if entry.suffix == ".py" and root == Path(paths["stdlib"]):
                 repositories.setdefault("modules", []).append(entry)
             elif entry.is_dir() and entry.name not in ("site-packages", "dist-packages"):
@@ -264,13 +262,15 @@ def _read_text(path: Path) -> str:
 def textbooks(tokenizer: Tokenizer, seed: int) -> Iterator[Document]:
     """Prose, chapters joined to books: Python's language reference, then each package's docstrings.
 
-    The paper joins the chapters of a book, and the books of a subject (A.2). Here a module's
-    docstring is a chapter and a package the book.
+    The paper joins the chapters of a book, and the books of a subject (A.2). Here a module's docstring is
+    a chapter and a package the book; the order is the same whatever the seed.
     """
     from pydoc_data.topics import topics
 
     yield tokenizer.document("\n\n".join(topics[name] for name in sorted(topics)))
-    for _, files in sorted(list_repositories().items()):
+    for name, files in sorted(list_repositories().items()):
+        if _is_held_out(name):
+            continue
         chapters = [ast.get_docstring(tree) or "" for tree in _syntax_trees(files[:200])]
         yield tokenizer.document("\n\n".join(text for text in chapters if len(text) > 200))
 
@@ -282,11 +282,12 @@ def short(tokenizer: Tokenizer, seed: int) -> Iterator[Document]:
     files = [path for name in names for path in repositories[name][:50]]
     for i in _generator(seed, "short").permutation(len(files)):
         text = _read_text(files[i])
-        lines = text.splitlines(keepends=True)
+        lines = text.split("\n")  # as the parser counts; splitlines() would also end lines at form feeds
         for tree in _syntax_trees([files[i]]):
             for node in tree.body:
                 if isinstance(node, ast.FunctionDef | ast.ClassDef):
-                    yield tokenizer.document("".join(lines[node.lineno - 1:node.end_lineno]))
+                    begin = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+                    yield tokenizer.document("\n".join(lines[begin - 1:node.end_lineno]) + "\n")
 
 
 def _syntax_trees(files: Iterable[Path]) -> Iterator[ast.Module]:
@@ -358,6 +359,9 @@ def haystack_windows(tokenizer: Tokenizer, rng: np.random.Generator, batch: int,
                      held_out: bool = False) -> np.ndarray:
     """Random stretches of real code, (batch, length)."""
     text = _haystack_text(tokenizer, seed, held_out)
+    if length > len(text):
+        raise ValueError(f"a haystack of {length:,} tokens is wanted, the installed packages have only "
+                         f"{len(text):,}; choose a shorter length")
     begins = rng.integers(len(text) - length + 1, size=(batch, 1))
     return text[begins + np.arange(length)]
 
@@ -376,7 +380,7 @@ def recall_documents(tokenizer: Tokenizer, rng: np.random.Generator, batch: int,
 def bare_recall_documents(tokenizer: Tokenizer, rng: np.random.Generator, batch: int, length: int,
                           seed: int) -> Iterator[Document]:
     """A pair and a question to every 16 tokens, with only blanks between: the ability without the search."""
-    n_pairs = length // 16
+    n_pairs = min(length // 16, len(SYMBOLS))  # no more pairs than keys
     blanks = np.full((batch, length - 2 - 2 * n_pairs * PAIR_LEN), BLANK, np.uint32)
     return _ask_for_all(tokenizer, rng, recall_pairs(rng, batch, n_pairs), blanks)
 
@@ -400,7 +404,7 @@ def _ask_for_all(tokenizer: Tokenizer, rng: np.random.Generator, pairs: np.ndarr
 
 # ICL. Each line is a letter of one of six topics, and the topic's number *in this document*:
 #
-#     <begin>a>3\nn>0\nc>3\nx>5\n ... <end>       the numbers are dealt anew for every document, so only the
+#     <begin>a>3\nn>0\nw>5\nc>3\n ... <end>       the numbers are dealt anew for every document, so only the
 #                                              examples can tell which topic is 3 today (A.1)
 TOPICS = np.frombuffer(b"abcdefghijklmnopqrstuvwx", dtype=np.uint8).astype(np.uint32).reshape(6, 4)
 ICL_LINE = 4  # "a>3\n"
@@ -450,8 +454,8 @@ def _octaves(make: Maker, shortest: int, octaves: int) -> Callable[..., Iterator
                              "times a power of 2")
         rng = _generator(seed, make.__name__, longest)
         lengths = [longest >> i for i in reversed(range(octaves)) if longest >> i >= shortest]
-        for length in itertools.cycle(lengths):
-            yield from make(tokenizer, rng, longest // length, length, seed)
+        return itertools.chain.from_iterable(make(tokenizer, rng, longest // length, length, seed)
+                                             for length in itertools.cycle(lengths))
 
     return documents
 
@@ -467,7 +471,7 @@ SYNTHETIC_DOMAINS = {
 REAL_TEXT = LONG_DOMAINS.keys() | SHORT_DOMAINS.keys()
 
 
-# --- 4. Packing ---------------------------------------------------------------------------------------
+# --- 4. Packing -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -491,6 +495,7 @@ class PackReport:
 
     @property
     def tokens_dropped(self) -> int:
+        """Too short, cut off, or not reached when enough sequences were packed."""
         return self.tokens_in - self.tokens_packed
 
 
@@ -577,7 +582,7 @@ def pack_builtin(domain: str, tokenizer: Tokenizer, seq_len: int, seed: int,
                      "where LENGTH is that of the longest document, as in 2k")
 
 
-# --- 5. Packed sequences on disk -------------------------------------------------------------------------
+# --- 5. Packed sequences on disk ------------------------------------------------------------------
 #
 #     packs/code_repos-2k/
 #         input_ids.bin   uint32 (sequences, seq_len)      plain memory maps: training needs numpy alone
@@ -608,6 +613,7 @@ def write_packed(folder: str | Path, sequences: Iterable[PackedSequence], tokeni
     with (open(temporary / "input_ids.bin", "wb") as ids, open(temporary / "doc_lens.bin", "wb") as lens,
           open(temporary / "doc_ends.bin", "wb") as ends, open(temporary / "loss_mask.bin", "wb") as masks):
         for sequence in sequences:
+            assert sequence.input_ids.shape == (seq_len,) and sequence.input_ids.dtype == np.uint32
             count, documents = count + 1, documents + len(sequence.doc_lens)
             has_mask |= sequence.loss_mask is not None
             mask = np.ones(seq_len, bool) if sequence.loss_mask is None else sequence.loss_mask
@@ -646,13 +652,13 @@ class PackedDataset:
         self.loss_mask = (self._map("loss_mask.bin", np.bool_, (n, seq_len))
                           if self.meta["has_loss_mask"] else None)
         begins = np.concatenate(([0], self.doc_ends[:-1]))
-        if (self.doc_ends[-1] != documents or (self.doc_ends <= begins).any()
+        if (self.doc_ends[-1] != documents or (self.doc_ends <= begins).any() or (self.doc_lens == 0).any()
                 or (np.add.reduceat(self.doc_lens.astype(np.int64), begins) != seq_len).any()):
             raise ValueError(f"{self.folder}: the document lengths do not add up to seq_len={seq_len} in "
                              "every sequence; the folder is damaged, pack it again")
 
     def _map(self, name: str, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
-        path, wanted = self.folder / name, int(np.prod(shape)) * np.dtype(dtype).itemsize
+        path, wanted = self.folder / name, math.prod(shape) * np.dtype(dtype).itemsize
         size = path.stat().st_size if path.is_file() else -1
         if size != wanted:
             raise ValueError(f"{path} has {max(size, 0):,} bytes where meta.json says {wanted:,}; "
@@ -683,21 +689,21 @@ def _read_meta(folder: Path) -> dict[str, Any]:
                          "make one with `python data.py pack`")
     try:
         meta = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of 5,000 digits
         raise ValueError(f"{path} is not readable JSON ({error}); pack the folder again") from None
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise ValueError(f"{path} does not say format {FORMAT!r}; pack the folder again")
     for key, kind in _META.items():
         value = meta.get(key)
-        if type(value) is not kind or (isinstance(value, int) and value < 0):
-            raise ValueError(f"{path}: {key!r} is {value!r}, a {kind.__name__} is wanted")
+        if type(value) is not kind or (isinstance(value, int) and value < 0 and key != "seed"):
+            raise ValueError(f"{path}: {key!r} is {value!r}, which is no {kind.__name__} that can be")
     if not 0 < meta["sequences"] <= meta["documents"] or not 0 < meta["seq_len"] < 2**32:
         raise ValueError(f"{path}: {meta['documents']} documents in {meta['sequences']} sequences of "
                          f"{meta['seq_len']} tokens cannot be")
     return meta
 
 
-# --- 6. The mixture ----------------------------------------------------------------------------------------
+# --- 6. The mixture -------------------------------------------------------------------------------
 
 
 class Mixture:
@@ -741,6 +747,13 @@ class Mixture:
     def _order(self, name: str, epoch: int) -> np.ndarray:
         return _permutation(self.seed, name, epoch, len(self.datasets[name]))
 
+    def resume(self, drawn: dict[str, int]) -> None:
+        """Go on where `drawn` says. Raises ValueError if that is not a state of this mixture."""
+        if drawn.keys() != self.drawn.keys() or not all(type(n) is int and n >= 0 for n in drawn.values()):
+            raise ValueError(f"the data's cursor {drawn} does not belong to the mixture of "
+                             f"{', '.join(self.drawn)}; start anew with --init instead of --resume")
+        self.drawn = dict(drawn)
+
     def epochs(self) -> dict[str, float]:
         """How often each domain has been seen so far; above 1 sequences repeat."""
         return {name: self.drawn[name] / len(self.datasets[name]) for name in self.shares}
@@ -748,7 +761,7 @@ class Mixture:
 
 def check_shares(shares: dict[str, float]) -> None:
     """Raise ValueError unless all shares are finite, none negative, and some positive."""
-    if not all(0 <= share < float("inf") for share in shares.values()) or not sum(shares.values()) > 0:
+    if not all(share >= 0 for share in shares.values()) or not 0 < sum(shares.values()) < float("inf"):
         raise ValueError(f"mixture shares {shares} must be finite, none negative and not all 0")
 
 
@@ -756,7 +769,7 @@ def parse_mixture(text: str) -> dict[str, float]:
     """Read "recall-2k=0.6,code_repos-2k=0.4". Raises ValueError for anything else."""
     shares: dict[str, float] = {}
     for part in text.split(","):
-        name, mark, share = part.strip().partition("=")
+        name, mark, share = (field.strip() for field in part.partition("="))
         try:
             if not name or not mark or name in shares:
                 raise ValueError
@@ -773,7 +786,7 @@ def _permutation(seed: int, name: str, epoch: int, n: int) -> np.ndarray:
     return _generator(seed, name, epoch).permutation(n)
 
 
-# --- 7. Batches ----------------------------------------------------------------------------------------------
+# --- 7. Batches -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -809,6 +822,7 @@ class Batch:
         Labels were shifted before this cut, so that no target is lost at a rank's boundary.
         """
         share = len(self.input_ids) // sp_size
+        assert share * sp_size == len(self.input_ids)
         mine = slice(sp_rank * share, (sp_rank + 1) * share)
         return self.input_ids[mine], self.labels[mine]
 
@@ -827,7 +841,7 @@ def arrange_step(sequences: Sequence[PackedSequence], dp_size: int, per_batch: i
     return [parts[i:i + dp_size] for i in range(0, len(parts), dp_size)]
 
 
-# --- 8. Pack and inspect from the command line ---------------------------------------------------------
+# --- 8. Pack and inspect from the command line ----------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -33,14 +33,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
 from data import Tokenizer, format_length, load_tokenizer, option, parse_length
-from model import KVCache, Transformer, decode, generate, load_pretrained
+from model import KVCache, Transformer, chunked_cross_entropy, decode, generate, load_pretrained
 
-# --- 1. Tasks -------------------------------------------------------------------------------------------
+# --- 1. Tasks -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ TASKS: dict[str, Task] = {
 }
 
 
-# --- 2. Scoring -------------------------------------------------------------------------------------------
+# --- 2. Scoring -----------------------------------------------------------------------------------
 
 
 def answer_questions(model: Transformer, example: Example, greedy_decode: bool = False) -> list[bool]:
@@ -131,7 +130,8 @@ def answer_questions(model: Transformer, example: Example, greedy_decode: bool =
                 == q.answer_ids.tolist() for q in example.questions]
     cache = KVCache()
     with torch.no_grad():
-        decode(model, torch.from_numpy(example.context_ids.astype(np.int64)).to(device)[None], cache)
+        decode(model, torch.from_numpy(example.context_ids.astype(np.int64)).to(device)[None], cache,
+               last=1)
         tails = np.stack([np.concatenate((q.prompt_ids, q.answer_ids)) for q in example.questions])
         tokens = torch.from_numpy(tails.astype(np.int64)).to(device)  # (B, prompt + answer)
         logits = decode(model, tokens[:, :-1], cache.repeat(len(tokens)))
@@ -189,17 +189,17 @@ def bits_per_byte(model: Transformer, tokenizer: Tokenizer, length: int, n: int,
     bits, sizes = np.zeros(len(edges) - 1), np.zeros(len(edges) - 1)
     for _, sequence in zip(range(n), documents, strict=False):
         ids = torch.from_numpy(sequence.input_ids.astype(np.int64)).to(device)
-        logits = decode(model, ids[None], KVCache())[0]  # (length, V)
-        nats = F.cross_entropy(logits[:-1].float(), ids[1:], reduction="none").cpu().numpy()
+        hidden = model(ids, (length,))  # (length, C)
         for b, (begin, end) in enumerate(pairwise(edges)):
             part = slice(max(begin, 1), end)  # the first token is nobody's target
-            bits[b] += nats[part.start - 1:part.stop - 1].sum() / math.log(2)
+            nats, _ = chunked_cross_entropy(hidden[part.start - 1:end - 1], model.lm_head.weight, ids[part])
+            bits[b] += float(nats) / math.log(2)
             sizes[b] += len(tokenizer.decode(sequence.input_ids[part]).encode(errors="replace"))
     return [{"from": begin, "to": end, "bits_per_byte": float(bit / size), "bytes": int(size)}
             for (begin, end), bit, size in zip(pairwise(edges), bits, sizes, strict=True)]
 
 
-# --- 3. A whole evaluation: every task at every length ------------------------------------------------------
+# --- 3. A whole evaluation: every task at every length --------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ def format_table(evaluations: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-# --- 4. Pictures ------------------------------------------------------------------------------------------
+# --- 4. Pictures ----------------------------------------------------------------------------------
 
 
 def draw_recall(evaluations: Sequence[dict[str, Any]], path: Path) -> bool:

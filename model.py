@@ -125,7 +125,7 @@ def preset_config(name: str, vocab_size: int) -> ModelConfig:
     return ModelConfig(**{**preset, "vocab_size": preset["vocab_size"] or vocab_size})
 
 
-# --- 2. RoPE, and how to stretch it -----------------------------------------------------------------
+# --- 2. RoPE, and how to stretch it ---------------------------------------------------------------
 #
 # RoPE turns each pair of dimensions of a query or key by position * frequency, so that their product
 # depends only on the distance between the two tokens. A larger base theta slows all rotations: the
@@ -141,6 +141,10 @@ def ntk_rope_theta(theta: float, from_len: int, to_len: int, head_dim: int) -> f
     return theta * (to_len / from_len) ** (head_dim / (head_dim - 2))
 
 
+_ROPE_KEYS = {"rope_type", "type", "factor", "original_max_position_embeddings", "low_freq_factor",
+              "high_freq_factor", "beta_fast", "beta_slow", "truncate", "attention_factor"}
+
+
 def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     """Return the rotation per position of each dimension pair, and the factor on cos and sin.
 
@@ -153,12 +157,15 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     """
     head_dim = config.head_dim
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim  # (D/2,)
-    if not config.rope_theta > 1:
-        raise ValueError(f"rope_theta={config.rope_theta!r} must be greater than 1")
+    if not isinstance(config.rope_theta, int | float) or not 1 < config.rope_theta < math.inf:
+        raise ValueError(f"rope_theta={config.rope_theta!r} must be greater than 1, and finite")
     inv_freq = config.rope_theta ** -exponents
     scaling = config.rope_scaling
     if scaling is None:
         return inv_freq, 1.0
+    if not isinstance(scaling, dict) or scaling.keys() - _ROPE_KEYS:
+        raise ValueError(f"rope_scaling={scaling!r} must be an object with no other entries than "
+                         f"{', '.join(sorted(_ROPE_KEYS))}")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ("default", "linear", "llama3", "yarn"):
         raise ValueError(f"rope_scaling type {kind!r} is not supported; "
@@ -184,8 +191,10 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
         return head_dim * math.log(original / (turns * 2 * math.pi)) / (
             2 * math.log(config.rope_theta))
 
-    first = dimension_with_turns(_number(scaling, "beta_fast", 32.0))
-    last = dimension_with_turns(_number(scaling, "beta_slow", 1.0))
+    fast, slow = _number(scaling, "beta_fast", 32.0), _number(scaling, "beta_slow", 1.0)
+    if not fast > slow > 0:
+        raise ValueError(f"beta_fast={fast} must be above beta_slow={slow}, and both above 0")
+    first, last = dimension_with_turns(fast), dimension_with_turns(slow)
     if scaling.get("truncate", True):
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, head_dim - 1)
@@ -215,8 +224,8 @@ def rope_cos_sin(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> 
     """
     inv_freq, factor = rope_frequencies(config)
     wide = torch.promote_types(dtype, torch.float32)
-    angles = positions.to(wide)[:, None] * inv_freq.to(positions.device, wide)  # (T, D/2)
-    return angles.cos()[:, None] * factor, angles.sin()[:, None] * factor
+    angles = positions.double()[:, None] * inv_freq.to(positions.device)  # (T, D/2) float64
+    return (angles.cos() * factor)[:, None].to(wide), (angles.sin() * factor)[:, None].to(wide)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -226,7 +235,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated.to(x.dtype)
 
 
-# --- 3. Attention within documents ------------------------------------------------------------------
+# --- 3. Attention within documents ----------------------------------------------------------------
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor,
@@ -324,7 +333,7 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_
     return BACKENDS[name](q, k, v, cu_seqlens, max_seqlen)
 
 
-# --- 4. Many ranks: Parallel and the Ulysses exchange -----------------------------------------------
+# --- 4. Many ranks: Parallel and the Ulysses exchange ---------------------------------------------
 #
 # Ranks form a grid (dp, sp). The sp ranks of a row hold consecutive parts of one sequence; rows hold
 # different sequences. Every layer but attention needs only its own tokens. For attention, Ulysses
@@ -493,7 +502,7 @@ def layout_pack(doc_lens: Sequence[int], n_tokens: int, device: torch.device,
                       cu_seqlens.to(device, non_blocking=True), int(lens.max()), group)
 
 
-# --- 5. The Transformer -----------------------------------------------------------------------------
+# --- 5. The Transformer ---------------------------------------------------------------------------
 #
 # Modules carry Hugging Face's names, so that a checkpoint needs no translation table.
 
@@ -628,7 +637,7 @@ def flops_per_step(config: ModelConfig, doc_lens: Sequence[int]) -> float:
             + 6.0 * config.n_layers * q_dim * sum(length * length for length in doc_lens))
 
 
-# --- 6. The loss ------------------------------------------------------------------------------------
+# --- 6. The loss ----------------------------------------------------------------------------------
 
 
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor,
@@ -654,7 +663,7 @@ def _cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor
     return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
-# --- 7. Generation ----------------------------------------------------------------------------------
+# --- 7. Generation --------------------------------------------------------------------------------
 
 
 class KVCache:
@@ -665,7 +674,7 @@ class KVCache:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> 2 x (B, H_kv, length, D)
 
     def repeat(self, n: int) -> KVCache:
-        """A cache for `n` continuations of the one text held here (they share its memory)."""
+        """A cache for `n` continuations of the one text held here (copied when they first grow)."""
         copy = KVCache()
         copy.length = self.length
         copy._layers = {i: (k.expand(n, -1, -1, -1), v.expand(n, -1, -1, -1))
@@ -693,14 +702,15 @@ class KVCache:
 
 
 @torch.no_grad()
-def decode(model: Transformer, input_ids: Tensor, cache: KVCache) -> Tensor:
-    """Continue the texts in `cache` by (B, L) tokens; return the logits of all of them, (B, L, V)."""
+def decode(model: Transformer, input_ids: Tensor, cache: KVCache, last: int | None = None) -> Tensor:
+    """Continue the texts in `cache` by (B, L) tokens; return the logits of the `last` ones, (B, last, V)."""
     B, L = input_ids.shape
     positions = torch.arange(cache.length, cache.length + L, device=input_ids.device).repeat(B)
     hidden = model.run_layers(input_ids.flatten(), positions,
                               lambda layer, q, k, v: cache.attend(layer, q, k, v, B))
     cache.length += L
-    return model.lm_head(hidden).unflatten(0, (B, L))  # (B*L, V) -> (B, L, V)
+    hidden = hidden.unflatten(0, (B, L))[:, L - (last or L):]  # (B*L, C) -> (B, last, C)
+    return model.lm_head(hidden)
 
 
 @torch.no_grad()
@@ -709,7 +719,9 @@ def generate(model: Transformer, prompt_ids: Sequence[int], max_new_tokens: int,
     """Continue a prompt greedily, token by token, until a stop token or the limit."""
     device = model.embed_tokens.weight.device
     cache = KVCache()
-    logits = decode(model, torch.tensor([list(prompt_ids)], device=device), cache)
+    if not len(prompt_ids):
+        raise ValueError("the prompt is empty; generation needs at least one token to start from")
+    logits = decode(model, torch.tensor([list(prompt_ids)], device=device), cache, last=1)
     new: list[int] = []
     while len(new) < max_new_tokens:
         new.append(int(logits[0, -1].argmax()))
@@ -719,7 +731,7 @@ def generate(model: Transformer, prompt_ids: Sequence[int], max_new_tokens: int,
     return new
 
 
-# --- 8. Weights in and out: a Hugging Face folder ----------------------------------------------------
+# --- 8. Weights in and out: a Hugging Face folder -------------------------------------------------
 
 _HF_NAMES = {"vocab_size": "vocab_size", "hidden_size": "dim", "num_hidden_layers": "n_layers",
              "num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads",
@@ -767,14 +779,18 @@ def save_pretrained(model: Transformer, folder: str | Path) -> None:
 class replaced_folder:
     """`with replaced_folder(path) as temporary:` fills a folder that appears only when complete.
 
-    Files are fsynced before the rename, so that after a crash there is the old folder or the new one.
+    Files are fsynced before the rename, so that after a crash there is the old folder or the new one
+    (a crash between the two renames leaves the old one as `.old`; the next writer puts it back).
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.temporary = folder.with_name(folder.name + ".writing")
+        self.old = folder.with_name(folder.name + ".old")
 
     def __enter__(self) -> Path:
+        if self.old.exists() and not self.folder.exists():
+            self.old.rename(self.folder)  # the last writer died between its two renames
         shutil.rmtree(self.temporary, ignore_errors=True)
         self.temporary.mkdir(parents=True)
         return self.temporary
@@ -788,11 +804,10 @@ class replaced_folder:
             os.fsync(descriptor)
             os.close(descriptor)
         if self.folder.exists():  # a folder can't be renamed over a full one: step aside first
-            old = self.folder.with_name(self.folder.name + ".old")
-            shutil.rmtree(old, ignore_errors=True)
-            self.folder.rename(old)
+            shutil.rmtree(self.old, ignore_errors=True)
+            self.folder.rename(self.old)
             self.temporary.rename(self.folder)
-            shutil.rmtree(old)
+            shutil.rmtree(self.old)
         else:
             self.temporary.rename(self.folder)
 
@@ -807,21 +822,24 @@ def read_config(folder: str | Path) -> ModelConfig:
     if not isinstance(entry, dict) or entry.get("model_type") != "llama":
         kind = entry.get("model_type") if isinstance(entry, dict) else type(entry).__name__
         raise ValueError(f"{path}: model_type is {kind!r}, only 'llama' is supported")
+    entry = {"rms_norm_eps": 1e-6, **{k: v for k, v in entry.items() if v is not None}}  # HF's defaults
     for key in ("attention_bias", "mlp_bias"):
         if entry.get(key):
             raise ValueError(f"{path}: {key} is set, which this model does not have")
-    if "head_dim" not in entry and {"hidden_size", "num_attention_heads"} <= entry.keys():
-        entry["head_dim"] = entry["hidden_size"] // entry["num_attention_heads"]
-    rope = entry.pop("rope_parameters", None) or {}  # the newer layout: theta and scaling in one
-    if "rope_theta" in rope:
-        entry["rope_theta"] = rope["rope_theta"]
-    if rope.get("rope_type", "default") != "default":
-        entry["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    if entry.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"{path}: hidden_act is {entry['hidden_act']!r}, only 'silu' is supported")
     try:
-        return ModelConfig(**{ours: entry[theirs] for theirs, ours in _HF_NAMES.items()
-                              if theirs in entry})
-    except TypeError as error:
-        raise ValueError(f"{path} lacks a field: {error}") from None
+        if missing := {"hidden_size", "num_attention_heads"} - entry.keys():
+            raise ValueError(f"{min(missing)!r} is missing")
+        entry.setdefault("num_key_value_heads", entry["num_attention_heads"])
+        entry.setdefault("head_dim", entry["hidden_size"] // entry["num_attention_heads"])
+        rope = dict(entry.pop("rope_parameters", {}))  # the newer layout: theta and scaling in one
+        entry["rope_theta"] = rope.pop("rope_theta", entry.get("rope_theta", 10_000.0))
+        if rope not in ({}, {"rope_type": "default"}):
+            entry["rope_scaling"] = rope
+        return ModelConfig(**{ours: entry[theirs] for theirs, ours in _HF_NAMES.items() if theirs in entry})
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{path} is not a Llama this model can be: {error}") from None
 
 
 def load_pretrained(folder: str | Path, dtype: torch.dtype | None = None,
@@ -853,6 +871,8 @@ def load_pretrained(folder: str | Path, dtype: torch.dtype | None = None,
                     if tensor.shape != wanted[key].shape:
                         raise ValueError(f"{path}: {key!r} is {tuple(tensor.shape)}, config.json "
                                          f"says {tuple(wanted[key].shape)}")
+                    if not tensor.is_floating_point():
+                        raise ValueError(f"{path}: {key!r} is {tensor.dtype}, not floating point")
                     loaded[key] = tensor.to(device=device, dtype=dtype or tensor.dtype)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
@@ -874,12 +894,13 @@ def _weight_files(folder: Path) -> list[Path]:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is not a readable index of shards: {error!r}") from None
-    if bad := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+    if bad := [name for name in names
+               if not isinstance(name, str) or Path(name).name != name or name in ("", "..")]:
         raise ValueError(f"{index} names {bad[0]!r}, which is not a file of this folder")
     return [folder / name for name in names]
 
 
-# --- 9. What the machine can do ----------------------------------------------------------------------
+# --- 9. What the machine can do -------------------------------------------------------------------
 
 _PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense, from the vendor's datasheets
 

@@ -85,7 +85,7 @@ from model import (
     write_model,
 )
 
-# --- 1. Recipes -------------------------------------------------------------------------------------------
+# --- 1. Recipes -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def stage_at_length(stage: Stage, seq_len: int, head_dim: int) -> Stage:
                    tokens=stage.steps * batch_tokens)
 
 
-# --- 2. Configuration ---------------------------------------------------------------------------------------
+# --- 2. Configuration -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -250,10 +250,11 @@ class StepPlan:
         sequences = stage.batch_tokens // seq_len
         if stage.batch_tokens % seq_len or sequences % dp:
             raise ValueError(f"batch_tokens={stage.batch_tokens:,} is not a whole number of sequences of "
-                             f"{seq_len:,} for {dp} data-parallel ranks; choose a multiple of {seq_len * dp:,}")
+                             f"{seq_len:,} for {dp} data-parallel ranks; choose a multiple of "
+                             f"{seq_len * dp:,}")
         per_rank = sequences // dp
-        micro = micro_batch_tokens or stage.batch_tokens // dp
-        per_batch = micro // seq_len if micro_batch_tokens else _default_per_batch(per_rank, seq_len, parallel)
+        micro = micro_batch_tokens or _default_per_batch(per_rank, seq_len, parallel) * seq_len
+        per_batch = micro // seq_len
         if micro % seq_len or per_batch < 1 or per_rank % per_batch:
             raise ValueError(f"micro_batch_tokens={micro:,} does not divide a rank's {per_rank} sequences "
                              f"of {seq_len:,} tokens; choose a multiple of {seq_len:,} that does")
@@ -288,8 +289,7 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     """The dtype to compute in, and why. Weights and their gradients' sums stay in float32."""
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
     if name == "auto":
-        has = device.type == "cuda" and torch.cuda.is_bf16_supported() or (
-            device.type == "cpu" and cpu_has_bf16())
+        has = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16()
         return (torch.bfloat16 if has else torch.float32,
                 f"auto: this {device.type} {'has' if has else 'lacks'} bfloat16 matmuls")
     if name not in known:
@@ -297,7 +297,7 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     return known[name], "as asked"
 
 
-# --- 3. Data of a stage -----------------------------------------------------------------------------------
+# --- 3. Data of a stage ---------------------------------------------------------------------------
 
 
 def open_domains(stage: Stage, config: TrainConfig, tokenizer: Tokenizer, run: Path,
@@ -336,7 +336,7 @@ def pack_domains(stage: Stage, root: Path, tokenizer: Tokenizer, seed: int) -> N
             write_packed(root / name, islice(sequences, wanted), tokenizer, stage.seq_len, name, seed, report)
 
 
-# --- 4. Model and optimizer over the ranks --------------------------------------------------------------------
+# --- 4. Model and optimizer over the ranks --------------------------------------------------------
 
 
 def shard_model(model: Transformer, parallel: Parallel, dtype: torch.dtype) -> Transformer:
@@ -378,7 +378,7 @@ def learning_rate(stage: Stage, step: int) -> float:
     return stage.min_lr + 0.5 * (stage.lr - stage.min_lr) * (1 + math.cos(math.pi * done))
 
 
-# --- 5. The step ----------------------------------------------------------------------------------------------
+# --- 5. The step ----------------------------------------------------------------------------------
 
 
 class Diverged(RuntimeError):
@@ -420,7 +420,7 @@ def train_step(model: Transformer, optimizer: torch.optim.Optimizer, batches: Se
     return StepResult(loss, grad_norm, int(valid))
 
 
-# --- 6. Checkpoints -----------------------------------------------------------------------------------------------
+# --- 6. Checkpoints -------------------------------------------------------------------------------
 #
 # A checkpoint is a Hugging Face folder, plus each rank's part of Adam's moments, plus state.json. It appears
 # whole or not at all. No pickle anywhere.
@@ -510,7 +510,7 @@ def newest_checkpoint(run: Path) -> Path:
     return max(found, key=lambda folder: read_state(folder)["tokens_seen"])
 
 
-# --- 7. The log ------------------------------------------------------------------------------------------------
+# --- 7. The log -----------------------------------------------------------------------------------
 
 
 class Log:
@@ -562,7 +562,7 @@ def memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-# --- 8. A stage, and a run of stages -----------------------------------------------------------------------------
+# --- 8. A stage, and a run of stages --------------------------------------------------------------
 
 
 @dataclass
@@ -596,7 +596,8 @@ def run_stage(run: Run, stage: Stage, resumed: dict[str, Any] | None = None) -> 
     announce_stage(run, stage, plan, mixture)
     first = 0
     if resumed:
-        first, mixture.drawn = resumed["step"], {**mixture.drawn, **resumed["drawn"]}
+        first = resumed["step"]
+        mixture.resume(resumed["drawn"])
     dtype = choose_dtype(stage.dtype, parallel.device)[0]
     peak = device_peak_flops(parallel.device, dtype) * parallel.world_size
     begin = time.monotonic()
@@ -611,8 +612,8 @@ def run_stage(run: Run, stage: Stage, resumed: dict[str, Any] | None = None) -> 
             result = train_step(run.model, run.optimizer, batches, lr, parallel, config.clip)
         except Diverged as error:
             names = ", ".join(s.source for s in sequences)
-            raise Diverged(f"stage {stage.name} step {step + 1}: {error}. The weights are those of step {step}. "
-                           f"Its sequences: {names}") from None
+            raise Diverged(f"stage {stage.name} step {step + 1}: {error}. The weights are those of step "
+                           f"{step}. Its sequences: {names}") from None
         run.tokens_seen += stage.batch_tokens
         seconds = time.monotonic() - step_begin
         flops = sum(flops_per_step(run.model.config, s.doc_lens) for s in sequences)

@@ -1052,3 +1052,81 @@ def test_without_a_command_data_explains_itself(args, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["data.py", *args])
     data.main()
     assert capsys.readouterr().out == data.__doc__ + "\n"
+
+
+# --- 10. Found by trying to break it ------------------------------------------------------------
+
+
+def test_fingerprint_is_of_the_table_not_of_its_bytes_laid_end_to_end():
+    """A long token that spells two table rows is not those two rows."""
+    two_rows = _other_tokenizer(merges={b"ab": 256, b"cd": 257})
+    one_row = _other_tokenizer(merges={b"ab\0" + (257).to_bytes(4, "little") + b"cd": 256})
+    assert two_rows.encode("abcd").tolist() != one_row.encode("abcd").tolist()
+    assert two_rows.fingerprint != one_row.fingerprint
+    swapped = Tokenizer("bytes", two_rows.encoding, "<|end_of_text|>", "<|begin_of_text|>")
+    assert swapped.fingerprint != two_rows.fingerprint
+
+
+@pytest.mark.parametrize(("damage", "named"), [
+    (_replace("meta.json", '{"seq_len": ' + "1" * 5000 + "}"), "meta.json"),
+    (_edit_meta(sequences=2**62, documents=2**62, seq_len=4), "input_ids.bin"),
+    (_replace("doc_lens.bin", [8, 3, 3, 2, 8, 0]), "set: .*add up"),
+])
+def test_more_damage(packed, damage, named):
+    """As test_a_damaged_folder_does_not_open."""
+    damage(packed)
+    (packed / "input_ids.bin").write_bytes(b"" if named == "input_ids.bin"
+                                           else (packed / "input_ids.bin").read_bytes())
+    with pytest.raises(ValueError, match=named) as error:
+        PackedDataset(packed)
+    assert str(packed) in str(error.value)
+
+
+def test_any_seed_packs_a_folder_that_opens(tmp_path):
+    """A negative seed is a seed."""
+    data.pack(PackConfig(domain="icl-64", seq=64, sequences=2, out=str(tmp_path / "set"), seed=-1))
+    assert PackedDataset(tmp_path / "set").meta["seed"] == -1
+
+
+def test_shares_whose_sum_overflows_are_refused():
+    """Two finite shares may have an infinite sum."""
+    with pytest.raises(ValueError, match="mixture shares"):
+        make_mixture({"a": 1e308, "b": 1e308})
+
+
+def test_parse_mixture_blanks():
+    """Blanks around names and shares do not count."""
+    assert parse_mixture("a = 1, b =2") == {"a": 1.0, "b": 2.0}
+
+
+def test_textbooks_leave_held_out_repositories_out(installation, tokenizer):
+    """No docstring of a held-out repository is trained on."""
+    books = "\n".join(texts(tokenizer, data.textbooks(tokenizer, 0)))
+    found = set(re.findall(r"About ([a-z]+\d*)_", books))
+    assert found == {name for name in [*PACKAGES, "modules"] if not data._is_held_out(name)}
+
+
+def test_bare_recall_has_no_more_pairs_than_keys(tokenizer):
+    """From 512 tokens on, every key is taken; longer documents are more blank, and still whole."""
+    (document,) = data.bare_recall_documents(tokenizer, np.random.default_rng(0), 1, 2048, 0)
+    assert len(document) == 2048 and document.loss_mask.sum() == len(data.SYMBOLS) * data.VALUE_LEN
+
+
+def test_a_haystack_longer_than_all_code_is_an_error(installation, tokenizer):
+    """The message has both lengths."""
+    with pytest.raises(ValueError, match="haystack of 1,000,000 tokens"):
+        data.haystack_windows(tokenizer, np.random.default_rng(0), 1, 10**6, 0)
+
+
+def test_short_documents_begin_and_end_where_the_parser_says(installation, tokenizer):
+    """A form feed ends no line, and a decorator belongs to its function."""
+    odd = "x = 1\n\x0c\n@cache\ndef odd():\n    return 1\n"
+    (installation / "lib" / "package8" / "odd.py").write_text(odd)
+    assert "@cache\ndef odd():\n    return 1\n" in texts(tokenizer, data.short(tokenizer, 0))
+
+
+def test_a_missing_site_packages_is_no_packages(installation, monkeypatch):
+    """Where no package was ever installed, there is the standard library."""
+    paths = data.sysconfig.get_paths() | {"purelib": str(installation / "none"), "platlib": "/nowhere"}
+    monkeypatch.setattr(data.sysconfig, "get_paths", lambda: paths)
+    assert "package6" in data.list_repositories()

@@ -22,9 +22,10 @@ def model(tokenizer):
     return Transformer(preset_config("tiny", tokenizer.vocab_size)).init_weights(0)
 
 
-@pytest.mark.parametrize("task, length", [("recall_bare", 160), ("recall", 256), ("recall", 777), ("icl", 256)])
+@pytest.mark.parametrize("task, length", [("recall_bare", 160), ("recall", 256), ("recall", 777),
+                                          ("icl", 256)])
 def test_examples_fill_the_length_and_hold_their_answers(tokenizer, task, length):
-    """Context, question and answer fit the length; the answer stands where the depth says, or can be inferred."""
+    """Context, question and answer fit the length; the answer stands where the depth says."""
     examples = evaluation.TASKS[task].examples(tokenizer, length, 4, 0)
     assert [len(e.questions) for e in examples] == [evaluation.TASKS[task].questions] * 4
     for example in examples:
@@ -61,7 +62,7 @@ def test_an_oracle_scores_one_and_a_guesser_chance(tokenizer, monkeypatch, task,
     rng = torch.Generator().manual_seed(0)
 
     def fake_decode(knows):
-        def decode(model, ids, cache):
+        def decode(model, ids, cache, last=None):
             logits = torch.rand(*ids.shape, tokenizer.vocab_size, generator=rng)
             if task == "icl":  # a guesser knows that labels are digits
                 logits[..., ord("0"):ord("0") + len(data.TOPICS)] += 1
@@ -145,7 +146,8 @@ def test_command_line_writes_results_and_a_picture(tokenizer, model, tmp_path, m
 def test_bad_input_is_one_clear_error(model, tmp_path, monkeypatch, arguments, words):
     """Each names what was wrong, and ends as ValueError, which a script turns into code 2."""
     save_pretrained(model, tmp_path / "model")
-    given = arguments if "--model" in arguments or not arguments else ["--model", str(tmp_path / "model"), *arguments]
-    monkeypatch.setattr("sys.argv", ["eval.py", *given])
+    if arguments and "--model" not in arguments:
+        arguments = ["--model", str(tmp_path / "model"), *arguments]
+    monkeypatch.setattr("sys.argv", ["eval.py", *arguments])
     with pytest.raises(ValueError, match=words):
         evaluation.main()

@@ -59,7 +59,8 @@ def test_every_function_that_the_readme_links_exists():
     links = re.findall(r"\[`(\w+)`\]\((\w+\.py)\)", README)
     assert len(links) >= 15
     for name, file in links:
-        assert re.search(rf"^(def|class) {name}\b|^{name}\b.*=", (ROOT / file).read_text(), re.M), (name, file)
+        source = (ROOT / file).read_text()
+        assert re.search(rf"^(def|class) {name}\b|^{name}\b.*=", source, re.M), (name, file)
 
 
 def test_figures_exist():

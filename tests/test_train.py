@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,7 @@ def test_shares_add_up_and_every_stage_is_longer(recipe):
     for stage in stages:
         assert sum(stage.mixture.values()) == pytest.approx(1)
         assert stage.batch_tokens % stage.seq_len == 0 and stage.steps > 0
-    for before, after in zip(stages, stages[1:], strict=False):
+    for before, after in pairwise(stages):
         assert after.seq_len > before.seq_len and after.rope_theta >= 8 * before.rope_theta
 
 
@@ -100,7 +101,7 @@ def test_learning_rate_warms_up_and_decays():
     rates = [train.learning_rate(stage, step) for step in range(100)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)]) and max(rates) == 1.0
     assert rates[55] == pytest.approx(0.55) and rates[99] == pytest.approx(0.1, abs=1e-3)
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[10:]))
 
 
 def test_a_stage_at_another_length():
@@ -190,8 +191,8 @@ def test_adams_moments_go_on_and_the_rate_starts_over(tmp_path, three_stages):
     for name in ("config.json", "model.safetensors"):
         (bare / name).write_bytes((base / "checkpoints" / "base-4" / name).read_bytes())
     fresh = run(tmp_path / "fresh", init=str(bare), **options)
-    steps = [weights(folder / "checkpoints" / "long-1")["optimizer-00001-of-00001.safetensors/norm.weight/step"]
-             for folder in (carried, fresh)]
+    counter = "optimizer-00001-of-00001.safetensors/norm.weight/step"
+    steps = [weights(folder / "checkpoints" / "long-1")[counter] for folder in (carried, fresh)]
     assert [int(step) for step in steps] == [5, 1]
     first = [read_log(folder)[0] for folder in (carried, fresh)]
     assert first[0]["loss"] == first[1]["loss"] and first[0]["lr"] == RECIPES["tiny"][1].lr
@@ -226,7 +227,8 @@ def test_a_tiny_model_learns_what_it_could_not_do(tmp_path):
     """Recall of 16 pairs goes from nothing to nearly all in 1,300 steps of the base stage."""
     tokenizer = data.load_tokenizer()
     folder = run(tmp_path / "run", steps=1300)
-    before = model_module.Transformer(model_module.preset_config("tiny", tokenizer.vocab_size)).init_weights(0)
+    config = model_module.preset_config("tiny", tokenizer.vocab_size)
+    before = model_module.Transformer(config).init_weights(0)
     after = model_module.load_pretrained(folder / "checkpoints" / "base-1300")
     scores = [evaluation.run_task(m, tokenizer, "recall_bare", 160, 208)["score"] for m in (before, after)]
     assert scores[0] <= 0.01 and scores[1] >= 0.9
