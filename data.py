@@ -718,11 +718,11 @@ class Mixture:
     def __init__(self, datasets: dict[str, PackedDataset], shares: dict[str, float], seed: int) -> None:
         """Raises ValueError for shares that are negative, not finite, all zero, or of no dataset."""
         check_shares(shares)
-        if missing := shares.keys() - datasets.keys():
-            raise ValueError(f"the mixture names {min(missing)!r}, but there is only "
-                             f"{', '.join(datasets) or 'nothing'}")
         total = sum(shares.values())
         self.shares = {name: share / total for name, share in shares.items() if share > 0}
+        if missing := self.shares.keys() - datasets.keys():
+            raise ValueError(f"the mixture names {min(missing)!r}, but there is only "
+                             f"{', '.join(datasets) or 'nothing'}")
         self.datasets = {name: datasets[name] for name in self.shares}
         self.seed = seed
         self.drawn = dict.fromkeys(self.shares, 0)

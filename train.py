@@ -101,7 +101,6 @@ class Stage:
     lr: float
     min_lr: float
     warmup: float = 0.1  # share of the steps
-    dtype: str = "auto"
 
     @property
     def steps(self) -> int:
@@ -121,11 +120,9 @@ def _with_short_mix(long: dict[str, float]) -> dict[str, float]:
 
 def _tiny(name: str, seq_len: int, rope_theta: float, steps: int, batch_tokens: int,
           mixture: dict[str, float]) -> Stage:
-    """A stage of the tiny recipe. Float32, because on a CPU such small matmuls gain nothing from bfloat16,
-    and its flash backward is half as slow again.
-    """
+    """A stage of the tiny recipe; what the stages share is said once."""
     return Stage(name, seq_len, rope_theta, mixture, tokens=steps * batch_tokens, batch_tokens=batch_tokens,
-                 lr=3e-3, min_lr=3e-4, dtype="float32")
+                 lr=3e-3, min_lr=3e-4)
 
 
 RECIPES: dict[str, list[Stage]] = {
@@ -187,7 +184,7 @@ class TrainConfig:
     rope_theta: float | None = option(None, "RoPE base of the stage", float)
     reorder: bool = option(True, "sort a step's sequences by cost, so that ranks wait less")
     seq_parallel_size: int | None = option(None, "ranks that share a sequence", parse_length)
-    dtype: str = option("", "compute in auto, float32, bfloat16 or float64 (default: the stage's)")
+    dtype: str = option("auto", "compute in auto, float32, bfloat16 or float64")
     attention: str = option("auto", "attention backend: auto, varlen, sdpa or reference")
     weight_decay: float = option(0.1, "AdamW's weight decay, on matrices", float)
     clip: float = option(1.0, "largest norm of the gradient", float)
@@ -226,8 +223,6 @@ def choose_stages(config: TrainConfig, head_dim: int) -> list[Stage]:
             changes |= {"lr": config.lr, "min_lr": config.lr * stage.min_lr / stage.lr}
         if config.rope_theta is not None:
             changes["rope_theta"] = config.rope_theta
-        if config.dtype:
-            changes["dtype"] = config.dtype
         batch_tokens = config.batch_tokens or stage.batch_tokens
         changes["batch_tokens"] = batch_tokens
         changes["tokens"] = config.steps * batch_tokens if config.steps else stage.tokens
@@ -285,16 +280,22 @@ def default_seq_parallel_size(n_heads: int, n_kv_heads: int, stage: Stage, world
         f"{stage.batch_tokens // stage.seq_len} of them a step; change the number of ranks or --batch-tokens")
 
 
-def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype to compute in, and why. Weights and their gradients' sums stay in float32."""
+def choose_dtype(name: str, device: torch.device, dim: int) -> tuple[torch.dtype, str]:
+    """The dtype to compute in, and why. Weights and the sums of their gradients stay in float32.
+
+    By what the device is, never by timing, so that runs repeat. A CPU's bfloat16 unit needs wide matmuls
+    to pay for a flash-attention backward that is half as slow again as float32's (docs/LOG.md).
+    """
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-    if name == "auto":
-        has = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16()
-        return (torch.bfloat16 if has else torch.float32,
-                f"auto: this {device.type} {'has' if has else 'lacks'} bfloat16 matmuls")
-    if name not in known:
+    if name in known:
+        return known[name], "as asked"
+    if name != "auto":
         raise ValueError(f"dtype {name!r} is unknown; choose auto, {', '.join(known)}")
-    return known[name], "as asked"
+    if not (torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16()):
+        return torch.float32, f"auto: this {device.type} has no bfloat16 matmuls"
+    if device.type == "cpu" and dim < 256:
+        return torch.float32, f"auto: on a CPU a model of width {dim} is no faster in bfloat16"
+    return torch.bfloat16, f"auto: this {device.type} has bfloat16 matmuls"
 
 
 # --- 3. Data of a stage ---------------------------------------------------------------------------
@@ -316,7 +317,7 @@ def open_domains(stage: Stage, config: TrainConfig, tokenizer: Tokenizer, run: P
             pack_domains(stage, root, tokenizer, config.seed)
         dist.barrier()
     domains = {}
-    for name in stage.mixture:
+    for name in (name for name, share in stage.mixture.items() if share > 0):
         dataset = domains[name] = PackedDataset(root / name)
         dataset.check_tokenizer(tokenizer)
         if dataset.seq_len != stage.seq_len:
@@ -598,7 +599,7 @@ def run_stage(run: Run, stage: Stage, resumed: dict[str, Any] | None = None) -> 
     if resumed:
         first = resumed["step"]
         mixture.resume(resumed["drawn"])
-    dtype = choose_dtype(stage.dtype, parallel.device)[0]
+    dtype, _ = choose_dtype(config.dtype, parallel.device, run.model.config.dim)
     peak = device_peak_flops(parallel.device, dtype) * parallel.world_size
     begin = time.monotonic()
     run.log.start(stage, first)
@@ -637,7 +638,7 @@ def run_stage(run: Run, stage: Stage, resumed: dict[str, Any] | None = None) -> 
 def announce_stage(run: Run, stage: Stage, plan: StepPlan, mixture: Mixture) -> None:
     """Say what runs, with the sum that makes a step, and which choices were made and why."""
     parallel = run.parallel
-    dtype, why = choose_dtype(stage.dtype, parallel.device)
+    dtype, why = choose_dtype(run.config.dtype, parallel.device, run.model.config.dim)
     backend, backend_why = run.model.backend, "as asked"
     if backend == "auto":
         backend, backend_why = choose_backend(parallel.device, dtype)
@@ -688,7 +689,7 @@ def train(config: TrainConfig) -> Path:
     stages = choose_stages(config, model.config.head_dim)
     parallel = start_parallel(config, model, stages)
     folder = make_run_folder(config, parallel)
-    dtype = choose_dtype(stages[0].dtype, parallel.device)[0]
+    dtype, _ = choose_dtype(config.dtype, parallel.device, model.config.dim)
     model = shard_model(model.to(parallel.device), parallel, dtype)
     run = Run(config, folder, parallel, tokenizer, model, make_optimizer(model, config.weight_decay),
               Log(folder, parallel, state["tokens_seen"] if config.resume and state else 0))
