@@ -525,27 +525,34 @@ def pack_long(documents: Iterable[Document], doc_len: int, seq_len: int | None =
 
 
 def pack_short(documents: Iterable[Document], seq_len: int, report: PackReport | None = None,
-               carry_tail: bool = True) -> Iterator[PackedSequence]:
+               carry_tail: bool = True, ranks: int = 1) -> Iterator[PackedSequence]:
     """Lay documents end to end and cut every `seq_len` tokens; a cut tail begins the next sequence.
 
-    What has not filled a last sequence is dropped (and counted). Source: A.2.
+    What has not filled a last sequence is dropped (and counted). With `ranks` they are cut at every rank's
+    share of the sequence instead: nothing more is lost, and no document lies on two ranks, so that sequence
+    parallelism has nothing to exchange. Raises ValueError if shares are not equal. Source: A.2.
     """
+    if seq_len % ranks:
+        raise ValueError(f"sequences of {seq_len} tokens cannot be cut into {ranks} equal shares; "
+                         "choose a divisor")
     report = report if report is not None else PackReport()
     pieces: list[Document] = []
+    share = seq_len // ranks
     room = seq_len
     for document in documents:
         report.documents_in += 1
         report.tokens_in += len(document)
         while len(document):
-            piece, document = document[:room], document[room:]
+            cut = (room - 1) % share + 1  # to the end of this share
+            piece, document = document[:cut], document[cut:]
             pieces.append(piece)
             room -= len(piece)
             if room == 0:
                 report.tokens_packed += seq_len
                 yield _join(pieces)
                 pieces, room = [], seq_len
-                if not carry_tail:
-                    break
+            if len(piece) == cut and not carry_tail:
+                break
 
 
 def pack_sft(documents: Iterable[Document], seq_len: int,
@@ -563,13 +570,15 @@ def _join(pieces: list[Document]) -> PackedSequence:
     return PackedSequence(ids, tuple(map(len, pieces)), mask)
 
 
-def pack_builtin(domain: str, tokenizer: Tokenizer, seq_len: int, seed: int,
-                 report: PackReport) -> Iterator[PackedSequence]:
+def pack_builtin(domain: str, tokenizer: Tokenizer, seq_len: int, seed: int, report: PackReport,
+                 ranks: int = 1) -> Iterator[PackedSequence]:
     """Pack an embedded domain: "short", or a name with its longest document, as in "code_repos-2k"."""
     name, _, length = domain.partition("-")
     known = [*SHORT_DOMAINS, *(f"{n}-LENGTH" for n in (LONG_DOMAINS | SYNTHETIC_DOMAINS))]
     if name in SHORT_DOMAINS and not length:
-        return pack_short(SHORT_DOMAINS[name](tokenizer, seed), seq_len, report)
+        return pack_short(SHORT_DOMAINS[name](tokenizer, seed), seq_len, report, ranks=ranks)
+    if ranks != 1:
+        raise ValueError(f"--ranks cuts short documents; those of {domain!r} keep their length")
     if name in LONG_DOMAINS and length:
         return pack_long(LONG_DOMAINS[name](tokenizer, seed), parse_length(length), seq_len, report)
     if name in SYNTHETIC_DOMAINS and length:
@@ -849,6 +858,7 @@ class PackConfig:
     domain: str = option("code_repos-2k", "embedded domain: short, or NAME-LONGEST as in recall-2k")
     seq: int = option(2048, "tokens of a packed sequence", parse_length)
     sequences: int = option(1000, "stop after so many sequences", parse_length)
+    ranks: int = option(1, "cut short documents so that none lies on two of so many ranks", parse_length)
     out: str = option("packs/code_repos-2k", "the folder to write")
     tokenizer: str = option("bytes", "tokenizer")
     seed: int = option(0, "seed of every random choice", int)
@@ -859,7 +869,7 @@ def pack(config: PackConfig) -> None:
     from itertools import islice
 
     tokenizer, report = load_tokenizer(config.tokenizer), PackReport()
-    sequences = pack_builtin(config.domain, tokenizer, config.seq, config.seed, report)
+    sequences = pack_builtin(config.domain, tokenizer, config.seq, config.seed, report, config.ranks)
     write_packed(config.out, islice(sequences, config.sequences), tokenizer, config.seq, config.domain,
                  config.seed, report)
     inspect(config.out)

@@ -58,6 +58,7 @@ from data import (
     run_main,
     write_packed,
 )
+from model import crosses_ranks
 
 ROOT = Path(__file__).parent.parent
 
@@ -307,17 +308,18 @@ def test_pack_long_keeps_whole_pieces_in_order(documents, doc_len, pieces_each):
 
 
 @property_test
-@given(DOCUMENTS, st.integers(1, 30))
-def test_pack_short_loses_nothing(documents, seq_len):
-    """The sequences are the documents laid end to end, cut every seq_len tokens, with their ends kept."""
-    report = PackReport()
-    sequences = list(pack_short(documents, seq_len, report))
+@given(DOCUMENTS, st.integers(1, 12), st.integers(1, 4))
+def test_pack_short_loses_nothing(documents, share, ranks):
+    """The documents laid end to end, cut at every share of every sequence, with their own ends kept."""
+    report, seq_len = PackReport(), share * ranks
+    sequences = list(pack_short(documents, seq_len, report, ranks=ranks))
+    assert not any(crosses_ranks(s.doc_lens, ranks) for s in sequences)
     ids, flags = laid_end_to_end(documents)
     packed = len(ids) // seq_len * seq_len
     assert laid_end_to_end(sequences) == (ids[:packed], flags[:packed])
     assert all(len(s.input_ids) == sum(s.doc_lens) == seq_len for s in sequences)
     assert all(n > 0 for s in sequences for n in s.doc_lens)
-    ends = set(np.cumsum([len(d) for d in documents]).tolist()) | set(range(0, packed + 1, seq_len))
+    ends = set(np.cumsum([len(d) for d in documents]).tolist()) | set(range(0, packed + 1, share))
     found = np.cumsum([0] + [n for s in sequences for n in s.doc_lens]).tolist()
     assert found == sorted(end for end in ends if end <= packed)
     assert (report.documents_in, report.tokens_in) == (len(documents), len(ids))
