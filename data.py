@@ -166,15 +166,17 @@ class Tokenizer:
 
 
 def load_tokenizer(spec: str = "bytes") -> Tokenizer:
-    """Load a tokenizer. "bytes": 256 byte values and five special tokens, so that nothing is fetched.
+    """Load a tokenizer. "bytes": 256 byte values and special tokens, so that nothing is fetched.
 
+    The special tokens are Llama-3's five, then those that recall documents are written in (section 3).
     Raises ValueError for a spec that is not known.
     """
     import tiktoken
 
     if spec != "bytes":
         raise ValueError(f"tokenizer {spec!r} is unknown; choose bytes")
-    names = ("begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eot_id")  # Llama-3's
+    names = ("begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eot_id",
+             "pair", "ask", *SYMBOL_NAMES)
     special = {f"<|{name}|>": 256 + i for i, name in enumerate(names)}
     encoding = tiktoken.Encoding("bytes", pat_str=r"[\s\S]{1,256}", special_tokens=special,
                                  mergeable_ranks={bytes([i]): i for i in range(256)})
@@ -302,25 +304,35 @@ def _syntax_trees(files: Iterable[Path]) -> Iterator[ast.Module]:
             continue
 
 
-# Recall. A pair is "~KABCD": the value of key K is ABCD. A question is "?K", its answer ABCD.
+# Recall. A pair is a mark, a key and its value of four symbols; a question a mark and a key. All are special
+# tokens (<|pair|>, <|ask|>, <|A|>, ...), so that no haystack contains one. Here ~ and ? are the marks:
 #
 #     <begin> import os ~QX7KA def main(): ~CPLM3 return 0 ?CPLM3?QX7KA <end>
-#             real code as haystack, with the pairs scattered in it       ^^^^ only answers are trained
+#             real code as haystack, with the pairs scattered in it       only answers are trained
 #
-# Keys are one symbol, values four, out of 32 (RFC 4648's base-32 alphabet). With keys of two symbols, or
-# an alphabet of 64, a model this small does not leave the plateau within minutes (docs/LOG.md).
+# 32 symbols, the base-32 alphabet. With keys of two symbols, or an alphabet of 64, a model this small does
+# not leave the plateau within minutes (docs/LOG.md).
 
-SYMBOLS = np.frombuffer(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ234567", dtype=np.uint8).astype(np.uint32)
-PAIR, QUESTION, BLANK = ord("~"), ord("?"), ord("\n")
+SYMBOL_NAMES = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
+PAIR, QUESTION, BLANK = 261, 262, ord("\n")  # ids of the tokenizer "bytes"
+SYMBOLS = np.arange(263, 263 + len(SYMBOL_NAMES), dtype=np.uint32)
+N_PAIRS = 16  # of a recall document from 256 tokens on, and of every context in eval.py
 VALUE_LEN = 4
-PAIR_LEN = 2 + VALUE_LEN  # "~KABCD", and "?KABCD"
+PAIR_LEN = 2 + VALUE_LEN  # of a pair, and of a question with its answer
 
 
-def recall_pairs(rng: np.random.Generator, batch: int, n_pairs: int) -> np.ndarray:
-    """Draw keys (different from each other) and values: (batch, n_pairs, 1 + VALUE_LEN) symbols."""
-    keys = rng.permuted(np.tile(np.arange(len(SYMBOLS)), (batch, 1)), axis=1)[:, :n_pairs, None]
-    values = rng.integers(len(SYMBOLS), size=(batch, n_pairs, VALUE_LEN))
-    return SYMBOLS[np.concatenate((keys, values), axis=2)]
+def recall_pairs(rng: np.random.Generator, batch: int, n_pairs: int,
+                 value_symbols: Sequence[int] = (len(SYMBOLS),)) -> np.ndarray:
+    """Draw keys (different from each other) and values: (batch, n_pairs, 1 + VALUE_LEN) tokens.
+
+    Each row draws its values from a random `value_symbols` of the 32. Where those are few, the last symbol
+    alone does not tell where to go on copying, and a model must learn to look at more than that.
+    """
+    keys = rng.permuted(np.tile(SYMBOLS, (batch, 1)), axis=1)[:, :n_pairs, None]
+    known = rng.permuted(np.tile(SYMBOLS, (batch, 1)), axis=1)
+    drawn = rng.integers(rng.choice(value_symbols, size=(batch, 1)), size=(batch, n_pairs * VALUE_LEN))
+    values = np.take_along_axis(known, drawn, axis=1).reshape(batch, n_pairs, VALUE_LEN)
+    return np.concatenate((keys, values), axis=2)
 
 
 def scatter_pairs(rng: np.random.Generator, pairs: np.ndarray,
@@ -345,14 +357,13 @@ def scatter_pairs(rng: np.random.Generator, pairs: np.ndarray,
 
 @cache
 def _haystack_text(tokenizer: Tokenizer, seed: int, held_out: bool) -> np.ndarray:
-    """Two million tokens of real code, in which no "~" can be taken for a pair's mark."""
+    """Two million tokens of real code."""
     parts: list[np.ndarray] = []
     for document in code_repos(tokenizer, seed, held_out):
         parts.append(document.input_ids[1:-1])
         if sum(map(len, parts)) > 2**21:
             break
-    text = np.concatenate(parts)
-    return np.where(text == PAIR, np.uint32(ord("-")), text)
+    return np.concatenate(parts)
 
 
 def haystack_windows(tokenizer: Tokenizer, rng: np.random.Generator, batch: int, length: int, seed: int,
@@ -366,23 +377,24 @@ def haystack_windows(tokenizer: Tokenizer, rng: np.random.Generator, batch: int,
     return text[begins + np.arange(length)]
 
 
-N_PAIRS = 16  # of a recall document with a haystack, and of every question in eval.py
-
-
 def recall_documents(tokenizer: Tokenizer, rng: np.random.Generator, batch: int, length: int,
                      seed: int) -> Iterator[Document]:
-    """16 pairs scattered in real code, and a question about each at the end."""
-    room = length - 2 - 2 * N_PAIRS * PAIR_LEN  # what begin, end, pairs and questions leave
-    haystack = haystack_windows(tokenizer, rng, batch, room, seed)
-    return _ask_for_all(tokenizer, rng, recall_pairs(rng, batch, N_PAIRS), haystack)
+    """Pairs scattered in real code, and a question about each at the end."""
+    pairs, room = _pairs_and_room(rng, batch, length)
+    return _ask_for_all(tokenizer, rng, pairs, haystack_windows(tokenizer, rng, batch, room, seed))
 
 
 def bare_recall_documents(tokenizer: Tokenizer, rng: np.random.Generator, batch: int, length: int,
                           seed: int) -> Iterator[Document]:
-    """A pair and a question to every 16 tokens, with only blanks between: the ability without the search."""
-    n_pairs = min(length // 16, len(SYMBOLS))  # no more pairs than keys
-    blanks = np.full((batch, length - 2 - 2 * n_pairs * PAIR_LEN), BLANK, np.uint32)
-    return _ask_for_all(tokenizer, rng, recall_pairs(rng, batch, n_pairs), blanks)
+    """The same with only blanks between the pairs: the ability without the search."""
+    pairs, room = _pairs_and_room(rng, batch, length)
+    return _ask_for_all(tokenizer, rng, pairs, np.full((batch, room), BLANK, np.uint32))
+
+
+def _pairs_and_room(rng: np.random.Generator, batch: int, length: int) -> tuple[np.ndarray, int]:
+    """A pair to every 16 tokens, up to 16, and the tokens that begin, end, pairs and questions leave."""
+    n_pairs = min(length // 16, N_PAIRS)
+    return recall_pairs(rng, batch, n_pairs, (8, 16, 32)), length - 2 - 2 * n_pairs * PAIR_LEN
 
 
 def _ask_for_all(tokenizer: Tokenizer, rng: np.random.Generator, pairs: np.ndarray,
@@ -402,12 +414,13 @@ def _ask_for_all(tokenizer: Tokenizer, rng: np.random.Generator, pairs: np.ndarr
         yield Document(row, mask)
 
 
-# ICL. Each line is a letter of one of six topics, and the topic's number *in this document*:
+# ICL. Each line is a mark, a symbol of one of six topics, and the topic's number *in this document*:
 #
-#     <begin>a>3\nn>0\nw>5\nc>3\n ... <end>       the numbers are dealt anew for every document, so only the
-#                                              examples can tell which topic is 3 today (A.1)
-TOPICS = np.frombuffer(b"abcdefghijklmnopqrstuvwx", dtype=np.uint8).astype(np.uint32).reshape(6, 4)
-ICL_LINE = 4  # "a>3\n"
+#     <begin>~A3~N7~X5~C3 ... <end>       the numbers are dealt anew for every document, so only the examples
+#                                         can tell that A's topic is 3 today (A.1)
+TOPICS = SYMBOLS[:24].reshape(6, 4)  # A-D, E-H, ... U-X
+LABELS = SYMBOLS[26:]  # 2-7
+ICL_LINE = 3  # "~A3"
 
 
 def icl_lines(rng: np.random.Generator, batch: int, n_lines: int) -> np.ndarray:
@@ -416,11 +429,10 @@ def icl_lines(rng: np.random.Generator, batch: int, n_lines: int) -> np.ndarray:
     rounds = -(-n_lines // n)
     topics = rng.permuted(np.tile(np.arange(n), (batch, rounds, 1)), axis=2)  # each round has all topics
     topics = topics.reshape(batch, -1)[:, :n_lines]
-    labels = rng.permuted(np.tile(np.arange(n), (batch, 1)), axis=1)
-    letters = TOPICS[topics[:, :, None], rng.integers(TOPICS.shape[1], size=(batch, n_lines, 1))]
-    label = np.take_along_axis(labels, topics, axis=1)[:, :, None] + ord("0")
-    mark = np.ones_like(label)
-    return np.concatenate((letters, mark * ord(">"), label, mark * BLANK), axis=2).astype(np.uint32)
+    labels = rng.permuted(np.tile(LABELS, (batch, 1)), axis=1)
+    symbols = TOPICS[topics[:, :, None], rng.integers(TOPICS.shape[1], size=(batch, n_lines, 1))]
+    label = np.take_along_axis(labels, topics, axis=1)[:, :, None]
+    return np.concatenate((np.full_like(label, PAIR), symbols, label), axis=2)
 
 
 def icl_documents(tokenizer: Tokenizer, rng: np.random.Generator, batch: int, length: int,
@@ -465,7 +477,7 @@ LONG_DOMAINS = {"code_repos": code_repos, "textbooks": textbooks}
 SHORT_DOMAINS = {"short": short}
 SYNTHETIC_DOMAINS = {
     "recall_bare": _octaves(bare_recall_documents, shortest=32, octaves=4),  # 2, 4, 8 and 16 pairs in 256
-    "recall": _octaves(recall_documents, shortest=256, octaves=3),
+    "recall": _octaves(recall_documents, shortest=32, octaves=3),
     "icl": _octaves(icl_documents, shortest=64, octaves=3),
 }
 REAL_TEXT = LONG_DOMAINS.keys() | SHORT_DOMAINS.keys()

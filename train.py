@@ -127,13 +127,13 @@ def _tiny(name: str, seq_len: int, rope_theta: float, steps: int, batch_tokens: 
 
 RECIPES: dict[str, list[Stage]] = {
     "tiny": [
-        _tiny("base", 256, 1e4, 2400, 2048, {"recall_bare-256": 1.0}),
-        _tiny("long", 2048, 3.2e5, 1500, 2048,
-              {"recall_bare-256": 0.12, "recall-256": 0.10, "recall-2k": 0.50, "code_repos-2k": 0.10,
-               "textbooks-2k": 0.03, "short": 0.05, "icl-2k": 0.10}),
-        _tiny("ultra", 16_384, 1e7, 130, 16_384,
-              {"recall_bare-256": 0.04, "recall-2k": 0.10, "recall-16k": 0.60, "code_repos-16k": 0.12,
-               "textbooks-16k": 0.03, "short": 0.03, "icl-2k": 0.08}),
+        _tiny("base", 256, 1e4, 4000, 1024, {"recall_bare-256": 1.0}),
+        _tiny("long", 2048, 1.6e5, 1300, 2048,
+              {"recall_bare-256": 0.13, "recall-256": 0.20, "recall-2k": 0.45, "code_repos-2k": 0.06,
+               "textbooks-2k": 0.02, "short": 0.04, "icl-2k": 0.10}),
+        _tiny("ultra", 16_384, 1e7, 120, 16_384,
+              {"recall_bare-256": 0.03, "recall-2k": 0.13, "recall-16k": 0.64, "code_repos-16k": 0.08,
+               "textbooks-16k": 0.02, "short": 0.03, "icl-2k": 0.07}),
     ],
     "prolong": [
         Stage("64k", 65_536, 8e6, _with_short_mix({"code_repos-64k": 0.30, "books-64k": 0.30,

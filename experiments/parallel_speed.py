@@ -3,7 +3,7 @@
     python experiments/parallel_speed.py            about four minutes on two cores
 
 1. Minibatch reordering, modelled: the 64k stage on 8 data-parallel ranks, every micro-step as slow as its
-   costliest rank (FLOPs of Llama-3-8B by `flops_per_step`). Table 15 measures +11.7% for the paper's setting.
+   costliest rank (FLOPs of Llama-3-8B by `flops_per_step`). Table 15 measures +11.7%.
 2. Minibatch reordering, measured: two ranks of one thread, steps sorted and as drawn in turn.
 3. Ulysses, measured: two ranks of one thread share one 16K document (and 32 short ones), against one process
    of two threads on the same tokens.

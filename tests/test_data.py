@@ -216,8 +216,8 @@ def test_special_tokens_are_never_made_from_text(tokenizer):
 
 
 def test_special_ids_fit_the_vocabulary(tokenizer):
-    """256 bytes and five special tokens, begin and end among them and different."""
-    assert tokenizer.vocab_size == 256 + 5
+    """256 bytes, five special tokens, two marks and 32 symbols, begin and end among them and different."""
+    assert tokenizer.vocab_size == 256 + 5 + 2 + 32
     assert 256 <= tokenizer.bos_id < tokenizer.vocab_size
     assert 256 <= tokenizer.eos_id < tokenizer.vocab_size
     assert tokenizer.bos_id != tokenizer.eos_id
@@ -674,11 +674,11 @@ def test_impossible_shares_are_refused(shares):
         make_mixture(shares, sizes={"a": 3, "b": 3})
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_a_share_of_an_unknown_domain_is_refused(share):
-    """The message names the domain, and those there are."""
+def test_a_share_of_an_unknown_domain_is_refused():
+    """The message names the domain, and those there are; a share of 0 asks for nothing."""
     with pytest.raises(ValueError, match=r"'books'.*code, short"):
-        make_mixture({"code": 1.0, "books": share}, sizes={"code": 3, "short": 3})
+        make_mixture({"code": 1.0, "books": 1.0}, sizes={"code": 3, "short": 3})
+    assert make_mixture({"code": 1.0, "books": 0.0}, sizes={"code": 3, "short": 3}).shares == {"code": 1.0}
 
 
 @pytest.mark.parametrize(("text", "shares"), [
@@ -911,15 +911,15 @@ def test_scattered_pairs_lie_in_an_unchanged_haystack(batch, n_pairs, room, seed
     for context, begins, row, hay in zip(contexts.tolist(), starts.tolist(), pairs.tolist(),
                                          haystack.tolist(), strict=True):
         assert begins == sorted(begins)
-        assert [context[b:b + data.PAIR_LEN] for b in begins] == [[ord("~"), *pair] for pair in row]
+        assert [context[b:b + data.PAIR_LEN] for b in begins] == [[data.PAIR, *pair] for pair in row]
         inside = {b + i for b in begins for i in range(data.PAIR_LEN)}
         assert [token for i, token in enumerate(context) if i not in inside] == hay
 
 
 @pytest.mark.parametrize(("make", "length", "n_pairs"), [
-    (data.recall_documents, 256, 16), (data.recall_documents, 1000, 16),
+    (data.recall_documents, 64, 4), (data.recall_documents, 256, 16), (data.recall_documents, 1000, 16),
     (data.bare_recall_documents, 32, 2), (data.bare_recall_documents, 256, 16),
-    (data.bare_recall_documents, 512, 32),
+    (data.bare_recall_documents, 512, 16),
 ])
 def test_every_recall_question_has_its_answer(installation, tokenizer, make, length, n_pairs):
     """Read as text: each key stands once and is asked for once, and only the true answers are trained."""
@@ -927,14 +927,15 @@ def test_every_recall_question_has_its_answer(installation, tokenizer, make, len
     assert len(documents) == 8
     for document, text in zip(documents, texts(tokenizer, documents), strict=True):
         assert len(document) == len(document.loss_mask) == length
-        context, questions = text[:-6 * n_pairs], text[-6 * n_pairs:]
-        pairs = re.findall("~([A-Z2-7])([A-Z2-7]{4})", context)
-        asked = re.findall(r"\?([A-Z2-7])([A-Z2-7]{4})", questions)
-        assert len(asked) == len(dict(pairs)) == len(pairs) == context.count("~") == n_pairs
+        symbol = r"<\|[A-Z2-7]\|>"
+        context, questions = text[:text.index("<|ask|>")], text[text.index("<|ask|>"):]
+        pairs = re.findall(rf"<\|pair\|>({symbol})((?:{symbol}){{4}})", context)
+        asked = re.findall(rf"<\|ask\|>({symbol})((?:{symbol}){{4}})", questions)
+        assert len(asked) == len(dict(pairs)) == len(pairs) == context.count("<|pair|>") == n_pairs
         assert sorted(asked) == sorted(pairs)
         answers = tokenizer.decode(document.input_ids[document.loss_mask])
         assert answers == "".join(value for _, value in asked)
-        assert np.flatnonzero(document.loss_mask)[0] >= length - 1 - 6 * n_pairs
+        assert np.flatnonzero(document.loss_mask)[0] >= length - 1 - data.PAIR_LEN * n_pairs
 
 
 @pytest.mark.parametrize("length", [64, 128, 301])
@@ -946,8 +947,8 @@ def test_icl_labels_can_only_be_learnt_from_the_examples(tokenizer, length):
         assert len(document) == len(document.loss_mask) == length
         n_lines = (length - 2) // data.ICL_LINE
         examples, rest = text[:n_lines * data.ICL_LINE], text[n_lines * data.ICL_LINE:]
-        lines = re.findall(r"([a-x])>([0-5])\n", examples)
-        assert examples == "".join(f"{letter}>{label}\n" for letter, label in lines)
+        lines = re.findall(r"([a-x])([0-5])\n", examples)
+        assert examples == "".join(f"{letter}{label}\n" for letter, label in lines)
         assert len(lines) == n_lines and rest == "\n" * len(rest)
         topics, labels = [(ord(letter) - ord("a")) // 4 for letter, _ in lines], [label for _, label in lines]
         assert all(sorted(topics[i:i + 6]) == list(range(6)) for i in range(0, n_lines // 6 * 6, 6))
@@ -960,7 +961,7 @@ def test_icl_labels_can_only_be_learnt_from_the_examples(tokenizer, length):
     assert len(dealt) > 8
 
 
-@pytest.mark.parametrize(("name", "shortest", "longest"), [("recall_bare", 32, 128), ("recall", 256, 1024),
+@pytest.mark.parametrize(("name", "shortest", "longest"), [("recall_bare", 32, 128), ("recall", 32, 1024),
                                                            ("icl", 64, 256), ("icl", 64, 64)])
 def test_lengths_of_a_synthetic_domain_share_its_tokens(installation, tokenizer, name, shortest, longest):
     """The longest, half of it, a quarter, ..., none too short; and each length has as many tokens."""
@@ -986,7 +987,7 @@ def test_synthetic_documents_are_never_cut(installation, tokenizer, domain):
 
 
 @pytest.mark.parametrize("domain", ["", "-2k", "books-2k", "code_repos", "recall", "recall-", "short-2k",
-                                    "code_repos-2q", "icl-0", "icl-32", "recall-128", "recall-100",
+                                    "code_repos-2q", "icl-0", "icl-32", "recall-16", "recall-100",
                                     "recall_bare-48", "recall-4k"])
 def test_unknown_domains_are_refused(installation, tokenizer, domain):
     """A name that is not known, or a length that is missing, cannot be or does not fit a sequence."""
@@ -1108,10 +1109,10 @@ def test_textbooks_leave_held_out_repositories_out(installation, tokenizer):
     assert found == {name for name in [*PACKAGES, "modules"] if not data._is_held_out(name)}
 
 
-def test_bare_recall_has_no_more_pairs_than_keys(tokenizer):
-    """From 512 tokens on, every key is taken; longer documents are more blank, and still whole."""
+def test_recall_has_no_more_pairs_than_keys(tokenizer):
+    """From 256 tokens on there are 16 pairs; longer documents are more blank, and still whole."""
     (document,) = data.bare_recall_documents(tokenizer, np.random.default_rng(0), 1, 2048, 0)
-    assert len(document) == 2048 and document.loss_mask.sum() == len(data.SYMBOLS) * data.VALUE_LEN
+    assert len(document) == 2048 and document.loss_mask.sum() == data.N_PAIRS * data.VALUE_LEN
 
 
 def test_a_haystack_longer_than_all_code_is_an_error(installation, tokenizer):

@@ -36,8 +36,8 @@ def test_examples_fill_the_length_and_hold_their_answers(tokenizer, task, length
             assert total == length if task != "icl" else length - data.ICL_LINE <= total <= length
             if task == "icl":
                 lines = [text[i:i + data.ICL_LINE] for i in range(1, len(text), data.ICL_LINE)]
-                topic = next(row for row in data.TOPICS.tolist() if q.prompt_ids[0] in row)
-                labels = {line[2] for line in lines if line[0] in topic}
+                topic = next(row for row in data.TOPICS.tolist() if q.prompt_ids[1] in row)
+                labels = {line[2] for line in lines if line[1] in topic}
                 assert labels == {int(q.answer_ids[0])}
             else:
                 start = round(q.depth * (len(text) - 1)) + 1
@@ -64,8 +64,8 @@ def test_an_oracle_scores_one_and_a_guesser_chance(tokenizer, monkeypatch, task,
     def fake_decode(knows):
         def decode(model, ids, cache, last=None):
             logits = torch.rand(*ids.shape, tokenizer.vocab_size, generator=rng)
-            if task == "icl":  # a guesser knows that labels are digits
-                logits[..., ord("0"):ord("0") + len(data.TOPICS)] += 1
+            if task == "icl":  # a guesser knows the six labels
+                logits[..., data.LABELS.tolist()] += 1
             if knows and ids.shape[0] > 1:
                 for row, q in enumerate(example.questions):
                     for i, token in enumerate(q.answer_ids.tolist()):
