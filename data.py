@@ -165,6 +165,7 @@ class Tokenizer:
         return Document(ids.astype(np.uint32))
 
 
+@cache
 def load_tokenizer(spec: str = "bytes") -> Tokenizer:
     """Load a tokenizer. "bytes": 256 byte values and special tokens, so that nothing is fetched.
 
@@ -695,6 +696,11 @@ class PackedDataset:
         mask = None if self.loss_mask is None else self.loss_mask[i]  # still on disk, as the ids are
         return PackedSequence(self.input_ids[i], doc_lens, mask, f"{self.folder.name}[{i}]")
 
+    @property
+    def trained_share(self) -> float:
+        """Share of its tokens that are trained on."""
+        return 1.0 if self.loss_mask is None else float(self.loss_mask.mean())
+
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raise ValueError if the folder was packed with another tokenizer."""
         if self.meta["tokenizer_fingerprint"] != tokenizer.fingerprint:
@@ -896,8 +902,7 @@ def inspect(folder: str) -> None:
           f"{len(lens):,} documents, tokenizer {meta['tokenizer']}, sha256 {meta['sha256'][:12]}")
     print(f"document lengths: shortest {lens.min():,}, median {int(np.median(lens)):,}, "
           f"longest {lens.max():,}")
-    trained = "all" if dataset.loss_mask is None else f"{dataset.loss_mask.mean():.1%}"
-    print(f"trained tokens: {trained}; dropped while packing: {meta['tokens_dropped']:,}")
+    print(f"trained tokens: {dataset.trained_share:.1%}; dropped while packing: {meta['tokens_dropped']:,}")
     first = dataset[0]
     end = first.doc_lens[0]
     text = load_tokenizer(meta["tokenizer"]).decode(first.input_ids[max(0, end - 60):end + 60])

@@ -285,7 +285,7 @@ def draw_recall(evaluations: Sequence[dict[str, Any]], path: Path) -> bool:
         depths = np.array([[np.nan if s is None else s for s in r["by_depth"]] for r in row]).T
         image = heat.imshow(depths, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
         heat.set(title=e["model"], xticks=range(len(labels)), xticklabels=labels,
-                 yticks=range(5), yticklabels=["0-20%", "-40%", "-60%", "-80%", "-100%"])
+                 yticks=range(5), yticklabels=[f"{20 * b}-{20 * b + 20}%" for b in range(5)])
         heat.tick_params(labelsize=7)
         if i == 0:
             heat.set_ylabel("depth of the answer")

@@ -642,9 +642,10 @@ def announce_stage(run: Run, stage: Stage, plan: StepPlan, mixture: Mixture) -> 
     backend, backend_why = run.model.backend, "as asked"
     if backend == "auto":
         backend, backend_why = choose_backend(parallel.device, dtype)
-    real = sum(share for name, share in mixture.shares.items() if name.partition("-")[0] in REAL_TEXT)
+    trained = {name: share * mixture.datasets[name].trained_share for name, share in mixture.shares.items()}
+    real = sum(share for name, share in trained.items() if name.partition("-")[0] in REAL_TEXT)
     run.say(f"\nstage {stage.name}: {stage.steps:,} steps, rope_theta {stage.rope_theta:g}, "
-            f"{real:.0%} of its tokens are documents of real text\n"
+            f"{real / sum(trained.values()):.0%} of its trained tokens are real text\n"
             f"  {parallel.world_size} ranks / {parallel.sp_size} sp = {parallel.dp_size} dp x "
             f"{plan.per_batch * stage.seq_len:,} x {plan.grad_accum_steps} accum = "
             f"{stage.batch_tokens:,} tokens/step; sequences of {stage.seq_len:,}\n"

@@ -3,13 +3,13 @@
     python experiments/parallel_speed.py            about four minutes on two cores
 
 1. Minibatch reordering, modelled: the 64k stage on 8 data-parallel ranks, every micro-step as slow as its
-   costliest rank (FLOPs of Llama-3-8B by `flops_per_step`). Table 15 measures +11.7%.
+   costliest rank (FLOPs of Llama-3-8B by `flops_per_step`). Table 15: +11.7%.
 2. Minibatch reordering, measured: two ranks of one thread, steps sorted and as drawn in turn.
-3. Ulysses, measured: two ranks of one thread share one 16K document (and 32 short ones), against one process
-   of two threads on the same tokens.
+3. Ulysses, measured: two ranks of one thread share one 16K document (and 32 short ones), against one
+   process of two threads on the same tokens.
 
-Rounds alternate between what is compared, and the ratio is the median over rounds: timings on a shared machine
-drift. Writes docs/figures/parallel_speed.json and .png, and prints a table.
+Rounds alternate between what is compared, and the ratio is the median over rounds: timings on a shared
+machine drift. Writes docs/figures/parallel_speed.json and .png, and prints a table.
 """
 
 from __future__ import annotations
