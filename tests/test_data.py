@@ -902,7 +902,7 @@ def test_a_haystack_is_code_without_pairs(installation, tokenizer):
 @property_test
 @given(st.integers(1, 4), st.integers(0, 8), st.integers(0, 40), st.integers(0, 2**32))
 def test_scattered_pairs_lie_in_an_unchanged_haystack(batch, n_pairs, room, seed):
-    """Every start points at a `~` and its pair, in order; without the pairs the haystack is as it was."""
+    """Every start points at a mark and its pair, in order; without the pairs the haystack is as it was."""
     rng = np.random.default_rng(seed)
     pairs = data.recall_pairs(rng, batch, n_pairs)
     haystack = rng.integers(200, 256, size=(batch, room)).astype(np.uint32)
@@ -946,19 +946,28 @@ def test_icl_labels_can_only_be_learnt_from_the_examples(tokenizer, length):
     for document, text in zip(documents, texts(tokenizer, documents), strict=True):
         assert len(document) == len(document.loss_mask) == length
         n_lines = (length - 2) // data.ICL_LINE
-        examples, rest = text[:n_lines * data.ICL_LINE], text[n_lines * data.ICL_LINE:]
-        lines = re.findall(r"([a-x])([0-5])\n", examples)
-        assert examples == "".join(f"{letter}{label}\n" for letter, label in lines)
-        assert len(lines) == n_lines and rest == "\n" * len(rest)
-        topics, labels = [(ord(letter) - ord("a")) // 4 for letter, _ in lines], [label for _, label in lines]
+        lines = re.findall(r"<\|pair\|><\|([A-X])\|><\|([2-7])\|>", text)
+        examples = "".join(f"<|pair|><|{letter}|><|{label}|>" for letter, label in lines)
+        assert len(lines) == n_lines and text == examples + "\n" * (length - 2 - 3 * n_lines)
+        topics, labels = [(ord(letter) - ord("A")) // 4 for letter, _ in lines], [label for _, label in lines]
         assert all(sorted(topics[i:i + 6]) == list(range(6)) for i in range(0, n_lines // 6 * 6, 6))
         assert len(set(topics[n_lines // 6 * 6:])) == n_lines % 6
         label_of = dict(zip(topics, labels, strict=True))
         assert labels == [label_of[topic] for topic in topics]
-        assert sorted(label_of.values()) == list("012345")
-        assert tokenizer.decode(document.input_ids[document.loss_mask]) == "".join(labels[6:])
+        assert sorted(label_of.values()) == list("234567")
+        trained = tokenizer.decode(document.input_ids[document.loss_mask])
+        assert trained == "".join(f"<|{label}|>" for label in labels[6:])
         dealt.add(tuple(label_of[topic] for topic in range(6)))
     assert len(dealt) > 8
+
+
+@pytest.mark.parametrize("known", [4, 32])
+def test_values_are_drawn_from_few_symbols_if_asked(known):
+    """Each row draws its values from `known` symbols of its own; keys are different all the same."""
+    pairs = data.recall_pairs(np.random.default_rng(0), 50, 16, (known,))
+    assert all(len(set(row[:, 0].tolist())) == 16 for row in pairs)
+    found = [set(row[:, 1:].flatten().tolist()) for row in pairs]
+    assert all(len(values) <= known for values in found) and set.union(*found) == set(data.SYMBOLS.tolist())
 
 
 @pytest.mark.parametrize(("name", "shortest", "longest"), [("recall_bare", 32, 128), ("recall", 32, 1024),
