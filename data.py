@@ -20,7 +20,7 @@ Nothing needs to be downloaded: every Python installation holds megabytes of rea
     python data.py pack --domain code_repos-2k --seq 2k --sequences 500 --out packs/code_repos-2k
     python data.py inspect packs/code_repos-2k
 
-Sources: ProLong section 3, A.2, Table 9; ANCHORS of its users: any tokenizer, packing in the same place.
+Sources: ProLong section 3, A.2, Table 9. Unlike ProLong's, packing lives beside the training that uses it.
 """
 
 from __future__ import annotations
