@@ -308,7 +308,9 @@ def test_ctrl_c_ends_at_once_and_leaves_nothing_half_written(tmp_path):
     process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--stage", "base", "--no-eval",
                                 "--save-every", "5", "--out", str(tmp_path / "run")], cwd=ROOT,
                                stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+                               env={**os.environ, "OMP_NUM_THREADS": "1"},
+                               # what a shell starts in the background ignores SIGINT, and hands that down
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     deadline = time.monotonic() + 60
     while not (tmp_path / "run" / "checkpoints" / "base-5").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
