@@ -95,6 +95,7 @@ from model import (
     init_parallel,
     load_pretrained,
     load_weights,
+    local_rows,
     ntk_rope_theta,
     preset_config,
     replaced_folder,
@@ -706,8 +707,7 @@ def hash_files(folder: Path, names: Sequence[str], parallel: Parallel) -> dict[s
     return {name: bytes(row).hex() for name, row in zip(names, rows, strict=True)}
 
 
-def load_checkpoint(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer,
-                    parallel: Parallel) -> dict[str, Any]:
+def load_checkpoint(folder: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Read Adam's moments back into a sharded model's optimizer, and return the state.
 
     Any number of ranks may have written it: the parts, one after another, are the whole tensors, and each
@@ -727,11 +727,9 @@ def load_checkpoint(folder: Path, model: Transformer, optimizer: torch.optim.Opt
                 if (whole.shape, whole.dtype, moments["step"].ndim) != (weight.shape, weight.dtype, 0):
                     raise ValueError(f"{folder}: {name}/{key} is {whole.dtype} {tuple(whole.shape)}, the "
                                      f"model's weight {weight.dtype} {tuple(weight.shape)}")
-                parts = whole.chunk(parallel.world_size)  # as FSDP2 cuts: ceil(n / world) rows each
-                mine = parts[parallel.rank] if parallel.rank < len(parts) else whole[:0]
-                moment = torch.zeros_like(weight)
-                (moment.to_local() if isinstance(moment, DTensor) else moment).copy_(mine)
-                moments[key] = moment
+                moments[key] = torch.zeros_like(weight)
+                mine, rows = local_rows(moments[key])
+                mine.copy_(whole[rows])
             optimizer.state[weight] = moments
     except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: parts that don't fit together
         raise ValueError(f"{folder} does not hold the Adam moments of this model: {error}") from None
@@ -1128,7 +1126,7 @@ def start_run(config: RunConfig, default_out: str, model: Transformer, stages: S
     run.say(f"run folder: {folder}; torch {torch.__version__}; "
             f"{sum(p.numel() for p in model.parameters()):,} parameters")
     if source and state:
-        load_checkpoint(source, model, run.optimizer, parallel)
+        load_checkpoint(source, model, run.optimizer)
     if source:
         run.say(f"start: {source}, " + ("with Adam's moments" if state else "weights alone"))
     return run

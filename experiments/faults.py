@@ -298,7 +298,7 @@ class Originals:
         if name == "checkpoint":
             optimizer = train.make_optimizer(model, 0.1)
             found = train.read_state(folder, self.parallel)
-            train.load_checkpoint(folder, model, optimizer, self.parallel)
+            train.load_checkpoint(folder, model, optimizer)
             found |= {f"{i}/{key}": value for i, weight in enumerate(model.parameters())
                       for key, value in optimizer.state[weight].items()}
         return {**found, **model.state_dict()}

@@ -11,32 +11,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import test_model
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytest import mark, raises
+from test_model import random_model
 
 import model as m
-from model import KVCache, ModelConfig, Transformer
+from model import KVCache, Transformer
 
 EXACT = {"rtol": 0, "atol": 1e-11}  # float64, values up to 160, summed in another order
 
 
-def random_model(dtype=torch.float64, seed=0, **changes) -> Transformer:
-    """A model with weights so large that attention is sharp: then a wrong angle or mask shows."""
-    shape = {"vocab_size": 97, "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16,
-             "ffn_dim": 48, "max_seq_len": 128}
-    model = Transformer(ModelConfig(**shape | changes)).to(dtype)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
-            weight.copy_(1 + 0.1 * noise if name.endswith("norm.weight") else 0.25 * noise)
-    return model
-
-
 def random_ids(n: int, seed=0) -> list[int]:
-    return torch.randint(97, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return test_model.random_ids(n, seed).tolist()
 
 
 def full_logits(model: Transformer, text: list[int]) -> torch.Tensor:

@@ -288,7 +288,7 @@ def check_checkpoint(written_by: str, parallel: Parallel, folder: Path) -> dict[
     model = load_pretrained(folder / f"checkpoint-{written_by}")
     train.shard_model(model, parallel, torch.float64)
     optimizer = train.make_optimizer(model, weight_decay=0.1)
-    state = train.load_checkpoint(folder / f"checkpoint-{written_by}", model, optimizer, parallel)
+    state = train.load_checkpoint(folder / f"checkpoint-{written_by}", model, optimizer)
     whole = whole_state(model, optimizer)
     originals = load_file(folder / f"ten-{written_by}-float64.safetensors")
     differ = [name for name in originals.keys() | whole.keys()
