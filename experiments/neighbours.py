@@ -1,0 +1,314 @@
+"""What neighbouring papers do to documents, positions and the loss, in a few lines around the five files.
+
+    python experiments/neighbours.py pack knots --seq 8k --sequences 60 --out packs/knots-8k
+    python experiments/neighbours.py pack decomposed --seq 8k --sequences 60 --out packs/decomposed
+    python experiments/neighbours.py train --skip-to 8k --stage long --init runs/tiny --no-eval
+    python experiments/neighbours.py sft --average documents --init runs/tiny
+
+`pack` writes a folder that `train.py --data` reads, `train` and `sft` run train.py and sft.py with one thing
+replaced in this process.
+
+    knot             Untie the Knots, 2409.04774        short documents, chunked and tied into a long one
+    decompose        Dataset Decomposition, 2405.13226  pieces of 2^k tokens, batches of one size
+    skip_positions   PoSE, 2309.10400                   a short document with the positions of a long one
+    average_by       LongAlign, 2401.18058              every conversation of a pack weighs the same
+
+The findings `neighbours` and `sft-loss` of experiments/run.py compare them with ProLong's own ways.
+"""
+
+from __future__ import annotations
+
+import argparse
+import string
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import data
+import model
+import sft
+import train
+from data import Document, PackedSequence, PackReport, Tokenizer, parse_length
+
+# --- 1. Untie the Knots ---------------------------------------------------------------------------
+#
+#     aaaaaa, bbbb, cc       three short documents
+#     aa aaaa | bbb b | cc   cut into chunks at random places; c stays whole
+#
+#     <x>bbb cc <p>aa <y>b[xy] <q>aaaa[pq]      one long document
+#
+# Chunks of one document keep their order, but others come between them: to foresee a chunk one must find the
+# one that it continues. A chunk of a cut document begins with a name (not trained: nobody can foresee it),
+# and after its last chunk the names of all stand in order (trained: the paper's backtracing). The paper also
+# numbers both ends of every cut.
+
+HEAD, NAMES = "<|start_header_id|>", "<|end_header_id|>"  # what the tokenizer has and documents don't
+
+
+def knot(documents: Sequence[Document], tokenizer: Tokenizer, rng: np.random.Generator,
+         hops: int = 4) -> Document:
+    """Cut each document into 1 to `hops` chunks and tie the chunks of all into one document (2409.04774)."""
+    head, end = [tokenizer.special_id(HEAD)], [tokenizer.special_id(NAMES)]
+    tied: list[list[Document]] = []
+    for document in documents:
+        chunks = cut_at_random(document, int(rng.integers(1, hops + 1)), rng)
+        if len(chunks) > 1:
+            names = [tokenizer.encode("".join(rng.choice(list(string.ascii_lowercase), 2))) for _ in chunks]
+            chunks = [join(_ids([*head, *name], trained=False), chunk)
+                      for name, chunk in zip(names, chunks, strict=True)]
+            chunks[-1] = join(chunks[-1], _ids(end, trained=False), _ids(np.concatenate(names), trained=True))
+        tied.append(chunks)
+    # Whose turn it is, in random order; a document gives its chunks in their own order.
+    turns = rng.permutation(np.repeat(np.arange(len(tied)), [len(chunks) for chunks in tied]))
+    waiting = [iter(chunks) for chunks in tied]
+    return join(*(next(waiting[i]) for i in turns))
+
+
+def cut_at_random(document: Document, n: int, rng: np.random.Generator) -> list[Document]:
+    """Cut a document at n - 1 random places, or fewer where it has too few tokens."""
+    inner = np.arange(1, len(document))
+    places = np.sort(rng.choice(inner, min(n - 1, len(inner)), replace=False)).tolist()
+    return [document[begin:end] for begin, end in zip([0, *places], [*places, len(document)], strict=True)]
+
+
+def join(*parts: Document) -> Document:
+    """Documents end to end as one; a mask that one of them has, all have."""
+    sequence = data._join(list(parts))
+    return Document(sequence.input_ids, sequence.loss_mask)
+
+
+def _ids(ids: Sequence[int] | np.ndarray, trained: bool) -> Document:
+    return Document(np.array(ids, np.uint32), np.full(len(ids), trained))
+
+
+def knots(asked: Iterator[Document], others: Iterator[Document], length: int, tokenizer: Tokenizer,
+          rng: np.random.Generator) -> Iterator[Document]:
+    """Knots of exactly `length` tokens, each of one document of `asked` and as many of `others` as it takes.
+
+    One, because two recall documents would give one key two values; real documents differ in their subjects.
+    """
+    while True:
+        found = [next(asked)]
+        while sum(map(len, found)) < length:
+            found.append(next(others))
+        yield knot(found, tokenizer, rng)[:length]
+
+
+# --- 2. Dataset Decomposition ---------------------------------------------------------------------
+#
+#     a document of 13 tokens, 2 <= size <= 8:   aaaaaaaa | aaaa      (the last one is dropped)
+#
+#     sizes in the order of training   22222222 44 22222222 44 8 44 8 8      short first, then ever longer,
+#                                      22222222 22222222 44 8 44 44 8 8      in several cycles
+#
+# No piece is part of two documents and no sequence has pieces of two sizes, so that attention costs what
+# the documents' real lengths cost; and the model meets long ones when it is ready for them.
+
+
+def decompose(document: Document, shortest: int, longest: int) -> Iterator[Document]:
+    """Cut a document into pieces of powers of two, the largest first (2405.13226); drop the rest."""
+    begin, size = 0, longest
+    while size >= shortest:
+        if len(document) - begin >= size:
+            yield document[begin:begin + size]
+            begin += size
+        else:
+            size //= 2
+
+
+def length_curriculum(documents: Iterable[Document], seq_len: int, shortest: int, cycles: int,
+                      rng: np.random.Generator) -> list[PackedSequence]:
+    """Decompose documents into sequences of one size of pieces each, and order those from short to long.
+
+    In each of `cycles` cycles a size is drawn by how many of its sequences the cycle has left, over the size.
+    """
+    pieces = [piece for document in documents for piece in decompose(document, shortest, seq_len)]
+    sizes = sorted({len(piece) for piece in pieces})
+    buckets = [list(data.pack_long((p for p in pieces if len(p) == size), size, seq_len)) for size in sizes]
+    order: list[PackedSequence] = []
+    for cycle in range(cycles):
+        left = [iter(bucket[cycle::cycles]) for bucket in buckets]
+        counts = np.array([len(bucket[cycle::cycles]) for bucket in buckets])
+        while counts.any():
+            odds = counts / np.array(sizes)
+            i = int(rng.choice(len(sizes), p=odds / odds.sum()))
+            counts[i] -= 1
+            order.append(next(left[i]))
+    return order
+
+
+def in_drawing_order(sequences: Sequence[PackedSequence], domain: str, seed: int) -> list[PackedSequence]:
+    """Place sequences so that a run with this seed, drawing all of them once, draws them in the order given.
+
+    A mixture permutes every domain; this undoes it. The domain must be the run's only one.
+    """
+    placed = list(sequences)
+    for place, sequence in zip(data._permutation(seed, domain, 0, len(placed)), sequences, strict=True):
+        placed[place] = sequence
+    return placed
+
+
+# --- 3. Skipped positions -------------------------------------------------------------------------
+#
+#     positions of a document of 8 tokens      0 1 2 3 4 5 6 7
+#     with a jump, up to a context of 64       0 1 2 45 46 47 48 49        at a random token, of random size
+#
+# A model of a short context meets the distances of a long one at the cost of a short one.
+
+
+def skip_positions(positions: Tensor, target: int, rng: np.random.Generator) -> Tensor:
+    """Positions (T,) that restart at 0 with every document -> with one jump in each, none beyond `target`."""
+    begins = np.append((positions == 0).nonzero().flatten().numpy(), len(positions))
+    lens = np.diff(begins)
+    gaps = rng.integers(np.maximum(target - lens, 0) + 1)
+    cuts = rng.integers(np.minimum(1, lens - 1), lens)
+    jumps = np.where(positions.numpy() >= np.repeat(cuts, lens), np.repeat(gaps, lens), 0)
+    return positions + torch.from_numpy(jumps)
+
+
+@contextmanager
+def replaced(owner: Any, name: str, by: Any) -> Iterator[None]:
+    """Replace an attribute of a module or class inside a `with` block."""
+    before = getattr(owner, name)
+    setattr(owner, name, by)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def skipping_rope(target: int, seed: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    """model.rope_cos_sin with skipped positions (PoSE, 2309.10400; in fine-tuning SkipAlign, 2405.03939)."""
+    rng, plain = np.random.default_rng(seed), model.rope_cos_sin
+
+    def rope(config: model.ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return plain(config, skip_positions(positions, target, rng), dtype)
+
+    return rope
+
+
+# --- 4. What a loss averages over -----------------------------------------------------------------
+#
+#     trained tokens of two conversations:  3 and 500
+#
+#     tokens       (sum of 503 losses) / 503               ours, and A.3
+#     documents    (mean of 3 + mean of 500) / 2           LongAlign's: the 3 weigh as much as the 500
+#     sequences    the same with packed sequences for conversations: what a trainer does that takes the mean
+#                  of each sequence, and then the mean of those (A.3: it "skews the optimization")
+
+
+def average_by(what: str, seq_len: int = 0) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Transformer.loss with each document's, or sequence's, trained tokens weighing 1 together.
+
+    It returns what train_step expects, a sum to divide by the step's valid tokens; a step must be one
+    micro-batch on one rank, or the weights would be another step's.
+    """
+    if what not in ("documents", "sequences"):
+        raise ValueError(f"a loss by {what!r} is not one of this file; choose documents or sequences")
+
+    def loss(self: model.Transformer, input_ids: Tensor, labels: Tensor, doc_lens: Sequence[int],
+             parallel: model.Parallel | None = None) -> tuple[Tensor, Tensor]:
+        hidden = model.Transformer.forward(self, input_ids, doc_lens, parallel)
+        sizes = list(doc_lens) if what == "documents" else [seq_len] * (len(labels) // seq_len)
+        parts = [model.chunked_cross_entropy(h, self.lm_head.weight, target)
+                 for h, target in zip(hidden.split(sizes), labels.split(sizes), strict=True)
+                 if (target != data.IGNORE_INDEX).any()]
+        valid = (labels != data.IGNORE_INDEX).sum()
+        if not parts:
+            return hidden.sum() * 0, valid
+        means = torch.stack([loss_sum / n for loss_sum, n in parts])
+        return means.mean() * valid, valid
+
+    return loss
+
+
+# --- 5. Packs and runs ----------------------------------------------------------------------------
+
+
+def make_knots(tokenizer: Tokenizer, seq_len: int, n: int, seed: int) -> list[PackedSequence]:
+    """Sequences of one knot each: recall documents of at most a quarter of it, tied with short functions."""
+    asked = data.SYNTHETIC_DOMAINS["recall"](tokenizer, seed, seq_len // 4)
+    functions = chain.from_iterable(data.short(tokenizer, seed + epoch) for epoch in range(1000))
+    tied = knots(asked, functions, seq_len, tokenizer, data._generator(seed, "knots"))
+    return [PackedSequence(k.input_ids, (seq_len,), k.loss_mask) for k in islice(tied, n)]
+
+
+def make_decomposed(tokenizer: Tokenizer, seq_len: int, n: int, seed: int, shares: dict[str, float],
+                    cycles: int = 2) -> list[PackedSequence]:
+    """About `n` sequences of the embedded domains by their shares of tokens, decomposed and ordered."""
+    documents: list[Document] = []
+    for domain, share in shares.items():
+        name, _, length = domain.partition("-")
+        stream = (data.SYNTHETIC_DOMAINS[name](tokenizer, seed, parse_length(length))
+                  if name in data.SYNTHETIC_DOMAINS else
+                  (data.LONG_DOMAINS | data.SHORT_DOMAINS)[name](tokenizer, seed))
+        wanted, taken = share / sum(shares.values()) * n * seq_len, 0
+        while taken < wanted:
+            document = next(stream)[:int(wanted) - taken]
+            documents.append(document)
+            taken += len(document)
+    return length_curriculum(documents, seq_len, 32, cycles, data._generator(seed, "decomposed"))
+
+
+def pack(args: argparse.Namespace) -> None:
+    tokenizer, report = data.load_tokenizer(), PackReport()
+    if args.way == "knots":
+        sequences = make_knots(tokenizer, args.seq, args.sequences, args.seed)
+    else:
+        made = make_decomposed(tokenizer, args.seq, args.sequences, args.seed, data.parse_mixture(args.mix))
+        sequences = in_drawing_order(made[:args.sequences], args.out.name, args.seed)
+    report.documents_in = sum(len(s.doc_lens) for s in sequences)
+    report.tokens_in = report.tokens_packed = len(sequences) * args.seq
+    data.write_packed(args.out, sequences, tokenizer, args.seq, args.out.name, args.seed, report)
+    data.inspect(str(args.out))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    packer = commands.add_parser("pack", allow_abbrev=False)
+    packer.add_argument("way", choices=("knots", "decomposed"))
+    packer.add_argument("--seq", type=parse_length, default=8192, help="tokens of a sequence")
+    packer.add_argument("--sequences", type=int, default=60, help="how many")
+    packer.add_argument("--mix", default="recall-8k=0.7,code_repos-8k=0.3", help="what is decomposed")
+    packer.add_argument("--out", type=Path, required=True, help="the folder to write")
+    packer.add_argument("--seed", type=int, default=0)
+    for name in ("train", "sft"):
+        runner = commands.add_parser(name, allow_abbrev=False, add_help=False)
+        runner.add_argument("--skip-to", type=parse_length, help="jump in each document, up to this position")
+        runner.add_argument("--average", choices=("documents", "sequences"), help="what weighs the same")
+    args, others = parser.parse_known_args()
+    if args.command == "pack":
+        if others:
+            parser.error(f"unknown: {' '.join(others)}")
+        return pack(args)
+    run(args, others)
+
+
+def run(args: argparse.Namespace, others: list[str]) -> None:
+    """Run train.py or sft.py with their own options and what was asked for replaced."""
+    program, kind = (train, train.TrainConfig) if args.command == "train" else (sft, sft.SftConfig)
+    config = data.parse_cli(kind, program.__doc__, others)  # what is wrong is said before anything starts
+    rope = skipping_rope(args.skip_to, config.seed) if args.skip_to else model.rope_cos_sin
+    loss = model.Transformer.loss
+    if args.average:
+        loss = average_by(args.average, config.seq or 0)
+        if args.average == "sequences" and not config.seq:
+            raise ValueError("--average sequences needs --seq")
+    sys.argv = [f"{args.command}.py", *others]
+    with replaced(model, "rope_cos_sin", rope), replaced(model.Transformer, "loss", loss):
+        program.main()
+
+
+if __name__ == "__main__":
+    data.run_main(main)
