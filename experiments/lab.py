@@ -61,6 +61,7 @@ START_STAGES = ("base", "long")  # what a start consists of
 
 Point = dict[str, float]  # {"step": 40, "recall@8k": 0.93, "bits/byte short": 4.4, ...}
 Measured = dict[str, list[Point]]  # of one seed: an arm's points along its training, the last one its end
+Painter = Callable[[Any, dict[str, Any]], None]  # (matplotlib figure, result): see section 5
 Transform = Callable[[PackedDataset, int], Iterable[PackedSequence]]  # (a packed domain, seed) -> another
 
 
@@ -73,7 +74,7 @@ class Arm:
     start: str | Arm = "long"  # a stage of the tiny recipe, or what another arm ended with
     config: dict[str, Any] | None = None  # entries of config.json to change; the start's weights alone remain
     transform: Transform | None = None  # rewrites the packed domains, which --data then names
-    every: int = 0  # measure the start, and then a checkpoint every so many steps
+    every: int = 0  # steps between checkpoints, for findings that look along the training
 
 
 @dataclass(frozen=True)
@@ -86,12 +87,14 @@ class Finding:
     claim: str  # the paper's direction in a plain sentence
     arms: dict[str, Arm]
     contrasts: dict[str, Callable[[Measured], float]]  # what is compared: positive where the paper is right
-    draw: Callable[[Any, dict[str, Any]], None]  # (figure, result): see section 5
+    draw: Painter
     why: str = ""  # the likely reason where the small world disagrees, and how doses were chosen
     tasks: str = "recall_bare,recall,icl"
     lengths: str = "256,2k,4k,8k"
     samples: int = 200
     shown: tuple[str, ...] = ("recall@256", "recall@2k", "recall@8k")  # columns of the printed table
+    evaluator: str = "eval.py"  # or experiments/tasks.py, which knows more tasks
+    along: bool = False  # measure an arm's start and all its checkpoints, not only its end
     compute: Callable[[int, bool], Measured] | None = None  # (seed, quick): instead of arms that are trained
 
 
@@ -167,24 +170,20 @@ MAKING: dict[str, Lock] = defaultdict(Lock)  # by key: arms that share a start w
 
 
 def make_arm(arm: Arm, seed: int, lab: Lab) -> tuple[list[Path], list[str]]:
-    """Train an arm, or find it trained: its checkpoints to be measured, and the commands that made them."""
-    folder = lab.folder / key_of(arm, seed, lab)
+    """Train an arm, or find it trained: its start and checkpoints, and the commands that made them."""
+    key, commands = key_of(arm, seed, lab), list[str]()
     if isinstance(arm.start, Arm):
         checkpoints, commands = make_arm(arm.start, seed, lab)
         start = checkpoints[-1]
     else:
-        start, commands = find_start(arm.start, seed, lab), []
-    if arm.config is not None:
-        start = change_config(start, folder / "start", arm.config)
-    if not arm.command:
-        return [start], commands
-    steps, every = (2, min(arm.every, 1)) if lab.quick else (arm.steps, arm.every)
-    command = [*shlex.split(arm.command), "--steps", str(steps), "--seed", str(seed), "--no-eval",
-               "--init", shown_path(start), "--out", shown_path(folder / "run")]
-    command += ["--save-every", str(every), "--keep", "0"] if every else []
-    if arm.transform:
-        command += ["--data", shown_path(folder / "packs")]
-    with MAKING[folder.name]:
+        start = find_start(arm.start, seed, lab)
+    with MAKING[key]:
+        folder = lab.folder / key
+        if arm.config is not None:
+            start = change_config(start, folder / "start", arm.config)
+        if not arm.command:
+            return [start], commands
+        command = command_of(arm, seed, start, folder, lab.quick)
         if not (folder / "done").exists():
             shutil.rmtree(folder / "run", ignore_errors=True)
             if arm.transform:
@@ -192,8 +191,16 @@ def make_arm(arm: Arm, seed: int, lab: Lab) -> tuple[list[Path], list[str]]:
             run_program(command, folder / "train.log")
             (folder / "done").touch()
     checkpoints = sorted((folder / "run" / "checkpoints").iterdir(), key=step_of)
-    commands = [*commands, shlex.join(command)]
-    return ([start, *checkpoints] if every else checkpoints[-1:]), commands
+    return [start, *checkpoints], [*commands, shlex.join(command)]
+
+
+def command_of(arm: Arm, seed: int, start: Path, folder: Path, quick: bool) -> list[str]:
+    """The command line that trains an arm, as a reader could type it after `python`."""
+    steps, every = (2, min(arm.every, 1)) if quick else (arm.steps, arm.every)
+    command = [*shlex.split(arm.command), "--steps", str(steps), "--seed", str(seed), "--no-eval",
+               "--init", shown_path(start), "--out", shown_path(folder / "run")]
+    command += ["--save-every", str(every), "--keep", "0"] if every else []
+    return command + (["--data", shown_path(folder / "packs")] if arm.transform else [])
 
 
 def step_of(checkpoint: Path) -> int:
@@ -229,20 +236,25 @@ def measure(finding: Finding, label: str, seed: int, lab: Lab) -> dict[str, Any]
     """An arm's points in one seed, with the commands that made them and the seconds they took."""
     arm, points, begin = finding.arms[label], [], time.monotonic()
     checkpoints, commands = make_arm(arm, seed, lab)
-    samples = 16 if lab.quick else finding.samples
-    options = ["--tasks", finding.tasks, "--lengths", finding.lengths, "--samples", str(samples),
-               "--seed", str(seed)]
-    asked = hashlib.sha256(shlex.join(options).encode()).hexdigest()[:8]
-    for checkpoint in checkpoints:
+    evaluation = evaluation_of(finding, seed, lab.quick)
+    asked = hashlib.sha256(shlex.join(evaluation).encode()).hexdigest()[:8]
+    for checkpoint in checkpoints if finding.along else checkpoints[-1:]:
         out = lab.folder / key_of(arm, seed, lab) / "eval" / asked
-        command = ["eval.py", "--model", shown_path(checkpoint), *options, "--out", shown_path(out)]
+        command = [*evaluation, "--model", shown_path(checkpoint), "--out", shown_path(out)]
         path = out / f"{checkpoint.name}.json"
-        if not path.exists():
-            run_program(command, out / f"{checkpoint.name}.log")
-        of_this_arm = "run" in checkpoint.parts[-3:] and arm.command
-        points.append(point_of(json.loads(path.read_text()), step_of(checkpoint) if of_this_arm else 0))
+        with MAKING[str(path)]:
+            if not path.exists():
+                run_program(command, out / f"{checkpoint.name}.log")
+        at_start = checkpoint is checkpoints[0]
+        points.append(point_of(json.loads(path.read_text()), 0 if at_start else step_of(checkpoint)))
         commands = [*commands, shlex.join(command)]
     return {"points": points, "commands": commands, "seconds": round(time.monotonic() - begin, 1)}
+
+
+def evaluation_of(finding: Finding, seed: int, quick: bool) -> list[str]:
+    """The command line that asks a model a finding's questions, but for the model."""
+    return [finding.evaluator, "--tasks", finding.tasks, "--lengths", finding.lengths,
+            "--samples", str(16 if quick else finding.samples), "--seed", str(seed)]
 
 
 def point_of(evaluation: dict[str, Any], step: int) -> Point:
@@ -404,22 +416,26 @@ def curve(axes: Any, x: Sequence[float], seeds: Sequence[Sequence[float]], label
         axes.plot(x, values, ".", color=f"C{i}", markersize=4)
 
 
-def by_length(task: str, lengths: str) -> Callable[[Any, dict[str, Any]], None]:
-    """A picture: a task's score by context length, a curve for each arm."""
+def by_length(lengths: str, panels: dict[str, tuple[str, list[str] | None]]) -> Painter:
+    """A picture: scores by context length, a curve for each arm. `panels` is {title: (task, arms or all)}."""
 
     def paint(figure: Any, result: dict[str, Any]) -> None:
-        axes, names = figure.subplots(), lengths.split(",")
-        for i, label in enumerate(result["arms"]):
-            curve(axes, range(len(names)), [[points[-1][f"{task}@{name}"] for name in names] for points in
-                                            result["arms"][label]["points"].values()], label, i)
-        axes.set(xlabel="context length in tokens", ylabel=f"{task}: right answers", ylim=(-0.03, 1.03))
-        axes.set_xticks(range(len(names)), names)
-        axes.legend(fontsize=8)
+        names = lengths.split(",")
+        all_axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+        for axes, (title, (task, labels)) in zip(all_axes, panels.items(), strict=True):
+            for i, label in enumerate(labels or result["arms"]):
+                runs = result["arms"][label]["points"].values()
+                curve(axes, range(len(names)), [[points[-1][f"{task}@{name}"] for name in names]
+                                                for points in runs], label, i)
+            axes.set(xlabel="context length in tokens", title=title, ylim=(-0.03, 1.03))
+            axes.set_xticks(range(len(names)), names)
+            axes.legend(fontsize=8)
+        all_axes[0].set_ylabel("share of right answers")
 
     return paint
 
 
-def by_step(metrics: Sequence[str]) -> Callable[[Any, dict[str, Any]], None]:
+def by_step(metrics: Sequence[str]) -> Painter:
     """A picture: metrics along an arm's training, one panel an arm."""
 
     def paint(figure: Any, result: dict[str, Any]) -> None:
@@ -436,7 +452,7 @@ def by_step(metrics: Sequence[str]) -> Callable[[Any, dict[str, Any]], None]:
     return paint
 
 
-def bars(metrics: Sequence[str]) -> Callable[[Any, dict[str, Any]], None]:
+def bars(metrics: Sequence[str]) -> Painter:
     """A picture: a panel for each metric and in it a bar for each arm."""
 
     def paint(figure: Any, result: dict[str, Any]) -> None:

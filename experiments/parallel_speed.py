@@ -56,20 +56,21 @@ def short_documents(rng: np.random.Generator, seq_len: int) -> tuple[int, ...]:
     return tuple(lens)
 
 
-def model_reordering(dp_size: int = 8, steps: int = 50) -> float:
-    """Throughput of sorted steps over that of steps as drawn, for the 64k stage and Llama-3-8B."""
-    stage, config, rng = RECIPES["prolong"][0], preset_config("llama3-8b", VOCAB), np.random.default_rng(0)
+def model_step_times(dp_size: int = 8, steps: int = 50, seed: int = 0) -> dict[str, float]:
+    """FLOPs that the costliest ranks must do, for the 64k stage and Llama-3-8B: the rows of Table 15."""
+    stage, config, rng = RECIPES["prolong"][0], preset_config("llama3-8b", VOCAB), np.random.default_rng(seed)
     short_share = sum(stage.mixture[name] for name in SHORT_MIX)
-    times = {True: 0.0, False: 0.0}
+    times = dict.fromkeys(("full attention", "as drawn", "sorted"), 0.0)
     for _ in range(steps):
         drawn = []
         for _ in range(stage.batch_tokens // stage.seq_len):
             lens = (short_documents(rng, stage.seq_len) if rng.random() < short_share else (stage.seq_len,))
             drawn.append(PackedSequence(np.empty(0, np.uint32), lens))
-        for reorder in times:
+        for name, reorder in (("as drawn", False), ("sorted", True)):
             for ranks in arrange_step(drawn, dp_size, per_batch=1, reorder=reorder):
-                times[reorder] += max(flops_per_step(config, part[0].doc_lens) for part in ranks)
-    return times[False] / times[True]
+                times[name] += max(flops_per_step(config, part[0].doc_lens) for part in ranks)
+        times["full attention"] += len(drawn) / dp_size * flops_per_step(config, (stage.seq_len,))
+    return times
 
 
 # --- 2. and 3. Measured: what each process does -----------------------------------------------------
@@ -135,7 +136,8 @@ def measure_ulysses() -> dict[str, Any]:
 
 
 def main() -> None:
-    modelled, reordering, ulysses = model_reordering(), measure_reordering(), measure_ulysses()
+    times, reordering, ulysses = model_step_times(), measure_reordering(), measure_ulysses()
+    modelled = times["as drawn"] / times["sorted"]
     rows = {"reordering, modelled, 8 ranks": modelled, "reordering, measured, 2 ranks": reordering["ratio"],
             **{f"Ulysses, {name}": job["ratio"] for name, job in ulysses.items()}}
     for name, ratio in rows.items():
