@@ -131,25 +131,21 @@ def find_start(stage: str, seed: int, lab: Lab) -> Path:
 
     Raises ValueError for a stage that lies beyond where the lab starts, and is not there.
     """
-    folder, init = lab.starts / str(seed), ""
-    stages = START_STAGES[:START_STAGES.index(stage) + 1] if stage in START_STAGES else [stage]
-    for name in stages:
-        found = sorted((folder / "checkpoints").glob(f"{name}-*[0-9]"), key=step_of)
-        if not found and name not in START_STAGES:
-            raise ValueError(f"{folder} has no checkpoint of stage {stage!r}; give --starts DIR, with a run "
-                             "of the tiny recipe in DIR/SEED")
-        if not found:
-            out = folder / f"{name}.run"
-            shutil.rmtree(out, ignore_errors=True)
-            command = ["train.py", "--stage", name, "--seed", str(seed), "--no-eval"]
-            command += (["--init", init] if init else []) + (["--steps", "2"] if lab.quick else [])
-            command += ["--out", shown_path(out)]
-            run_program(command, folder / f"{name}.log")
-            (folder / "checkpoints").mkdir(exist_ok=True)
-            done, = (out / "checkpoints").iterdir()
-            found = [done.rename(folder / "checkpoints" / done.name)]
-        init = shown_path(found[-1])
-    return ROOT / init
+    folder = lab.starts / str(seed)
+    if found := sorted((folder / "checkpoints").glob(f"{stage}-*[0-9]"), key=step_of):
+        return found[-1]
+    if stage not in START_STAGES:
+        raise ValueError(f"{folder} has no checkpoint of stage {stage!r}; give --starts DIR, with a run of "
+                         "the tiny recipe in DIR/SEED")
+    out = folder / f"{stage}.run"
+    shutil.rmtree(out, ignore_errors=True)
+    command = ["train.py", "--stage", stage, "--seed", str(seed), "--no-eval", "--out", shown_path(out)]
+    if before := START_STAGES[:START_STAGES.index(stage)]:
+        command += ["--init", shown_path(find_start(before[-1], seed, lab))]
+    run_program(command + ["--steps", "2"] * lab.quick, folder / f"{stage}.log")
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    done, = (out / "checkpoints").iterdir()
+    return done.rename(folder / "checkpoints" / done.name)
 
 
 def key_of(arm: Arm, seed: int, lab: Lab) -> str:

@@ -1,0 +1,230 @@
+"""The lab: commands that the five files accept, verdicts that follow from numbers, results that repeat."""
+
+import json
+import math
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "experiments"))
+
+import lab  # noqa: E402
+import run  # noqa: E402
+import tasks  # noqa: E402
+from findings_context import without_masks  # noqa: E402
+
+import eval as evaluation  # noqa: E402
+import sft  # noqa: E402
+from data import (  # noqa: E402
+    Batch,
+    PackedDataset,
+    PackedSequence,
+    PackReport,
+    format_length,
+    load_tokenizer,
+    parse_cli,
+    parse_length,
+    write_packed,
+)
+from model import Transformer, preset_config, save_pretrained  # noqa: E402
+from train import TrainConfig, choose_stages  # noqa: E402
+
+FINDINGS = run.FINDINGS.values()
+TOKENIZER = load_tokenizer("bytes")
+
+
+def arms_of(finding):
+    """Its arms, and those that they start from."""
+    for arm in finding.arms.values():
+        while isinstance(arm, lab.Arm):
+            yield arm
+            arm = arm.start
+
+
+def test_list_names_every_finding(capsys):
+    run.main(["--list"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(run.FINDINGS) and len(lines) >= 8
+    for finding, line in zip(FINDINGS, lines, strict=True):
+        assert finding.claim in line and finding.source in line
+
+
+@pytest.mark.parametrize("finding", FINDINGS, ids=lambda finding: finding.name)
+def test_every_command_is_one_that_the_five_files_take(finding):
+    """Unknown options, stages and tasks would fail here, not after an hour."""
+    for arm in arms_of(finding):
+        if not arm.command:
+            continue
+        program, *options = lab.command_of(arm, 1, Path("runs/start"), Path("runs/x"), quick=False)
+        kind = {"train.py": TrainConfig, "sft.py": sft.SftConfig}[program]
+        config = parse_cli(kind, None, options)
+        assert (config.seed, config.steps, config.init) == (1, arm.steps, "runs/start") and not config.eval
+        if kind is TrainConfig:
+            stage, = choose_stages(config, head_dim=16)
+            assert stage.steps == arm.steps > 0 and stage.batch_tokens % stage.seq_len == 0
+            assert arm.every == 0 or arm.steps % arm.every == 0  # so that the end is one of the checkpoints
+    program, *options = lab.evaluation_of(finding, 1, quick=False)
+    config = parse_cli(evaluation.EvalConfig, None, options)
+    known = evaluation.TASKS | (tasks.MORE_TASKS if program == "experiments/tasks.py" else {})
+    assert set(config.tasks.split(",")) <= known.keys() and config.samples >= 100
+
+
+def made_up(finding):
+    """A result as if it had been run: every metric that the finding's tasks give, in three seeds."""
+    rng = np.random.default_rng(0)
+    config = parse_cli(evaluation.EvalConfig, None, lab.evaluation_of(finding, 0, False)[1:])
+    known = evaluation.TASKS | tasks.MORE_TASKS
+    metrics = ["bits/byte short", "bits/byte last 1/4"]
+    for task in config.tasks.split(","):
+        lengths = [known[task].only_length] if known[task].only_length else config.lengths.split(",")
+        metrics += [f"{task}@{format_length(parse_length(length))}" for length in lengths]
+    if finding.compute:
+        points = {str(seed): finding.compute(seed, True) for seed in range(3)}
+        return {label: {"points": {seed: points[seed][label] for seed in points}} for label in points["0"]}
+    steps = {label: range(0, arm.steps + 1, arm.every or 1) if finding.along else [arm.steps]
+             for label, arm in finding.arms.items()}
+    return {label: {"points": {str(seed): [{"step": step} | dict(zip(metrics, rng.random(len(metrics)),
+                                                                     strict=True))
+                                           for step in steps[label]] for seed in range(3)}}
+            for label in finding.arms}
+
+
+@pytest.mark.parametrize("finding", FINDINGS, ids=lambda finding: finding.name)
+def test_every_finding_judges_and_draws_what_it_measures(finding, tmp_path):
+    """Contrasts and pictures name only arms and metrics that are there."""
+    arms = made_up(finding)
+    contrasts = lab.judge(finding, arms, [0, 1, 2])
+    result = {"finding": finding.name, "title": finding.title, "source": finding.source, "seeds": [0, 1, 2],
+              "claim": finding.claim, "arms": arms, "contrasts": contrasts}
+    assert all(math.isfinite(x) for row in contrasts for x in row["differences"]) and contrasts
+    text = lab.format_result(finding, result)
+    assert all(label in text for label in arms) and all(row["contrast"] in text for row in contrasts)
+    assert all(metric in text for metric in finding.shown)
+    assert all(row["contrast"] in lab.markdown_table([result]) for row in contrasts)
+    if lab.draw(finding, result, tmp_path / "figure.png"):
+        assert (tmp_path / "figure.png").stat().st_size > 5000
+
+
+def test_verdicts_follow_from_paired_differences():
+    """Student's interval for 1, 2, 3: 2 +- 4.303 / sqrt(3). All on one side of 0 is a verdict, else none."""
+    mean, low, high = lab.mean_interval([1.0, 2.0, 3.0])
+    assert (mean, low, high) == (2.0, pytest.approx(2 - 4.303 / 3**0.5), pytest.approx(2 + 4.303 / 3**0.5))
+    assert lab.verdict([0.50, 0.52, 0.49]) == "agree"
+    assert lab.verdict([-0.50, -0.52, -0.49]) == "disagree"
+    assert lab.verdict([0.50, -0.02, 0.49]) == "not told apart"
+    assert lab.verdict([0.0, 0.0, 0.0]) == "not told apart"
+    assert lab.verdict([0.9]) == "one seed"
+    contrasts = {"more": lambda a: a["x"][-1]["m"] - a["y"][-1]["m"]}
+    finding = replace(run.FINDINGS["rope-base"], contrasts=contrasts)
+    arms = {label: {"points": {str(seed): [{"m": value + seed / 100}] for seed in range(3)}}
+            for label, value in (("x", 0.9), ("y", 0.2))}
+    row, = lab.judge(finding, arms, [0, 1, 2])  # seeds differ, but in both arms alike
+    assert row["verdict"] == "agree" and row["high"] - row["low"] < 1e-9
+    row, = lab.judge(finding, {"x": arms["y"], "y": arms["x"]}, [0, 1, 2])
+    assert row["verdict"] == "disagree" and row["mean"] == pytest.approx(-0.7)
+
+
+def test_without_masks_keeps_tokens_and_labels(tmp_path):
+    """Only who sees whom changes: a label that was none, at a document's end or by its mask, stays none."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(256, size=(3, 64)).astype(np.uint32)
+    masks = [None, rng.random(64) < 0.5, None]
+    lens = [(64,), (10, 1, 53), (20, 44)]
+    before = [PackedSequence(*parts) for parts in zip(ids, lens, masks, strict=True)]
+    write_packed(tmp_path / "x", iter(before), TOKENIZER, 64, "x", 0, PackReport())
+    after = list(without_masks(PackedDataset(tmp_path / "x"), 0))
+    for a, b in zip(before, after, strict=True):
+        assert b.doc_lens == (64,)
+        np.testing.assert_array_equal(Batch.of([a]).input_ids, Batch.of([b]).input_ids)
+        np.testing.assert_array_equal(Batch.of([a]).labels, Batch.of([b]).labels)
+
+
+@pytest.mark.parametrize("name", tasks.MORE_TASKS)
+def test_more_tasks_fill_their_length_and_are_answered_by_their_context(name):
+    for length in (256, 1024):
+        for example in tasks.MORE_TASKS[name].examples(TOKENIZER, length, 3, 1, 0):
+            context = TOKENIZER.decode(example.context_ids)
+            assert len(example.questions) == tasks.MORE_TASKS[name].shared
+            for question in example.questions:
+                key = TOKENIZER.decode(question.prompt_ids[1:])
+                assert context.count(f"<|pair|>{key}{question.answers[0]}") == 1
+                total = len(example.context_ids) + len(question.prompt_ids) + example.budget
+                assert total == length
+
+
+def small_start(folder, seed=0):
+    """A start that nobody trained: a run's folder with a checkpoint of `long`."""
+    model = Transformer(preset_config("tiny", TOKENIZER.vocab_size)).init_weights(seed)
+    save_pretrained(model, folder / "0" / "checkpoints" / "long-1")
+    return folder
+
+
+def test_an_arm_is_known_by_all_that_it_depends_on(tmp_path):
+    """Equal settings share their result; any other setting, seed or start does not."""
+    place = lab.Lab(tmp_path, small_start(tmp_path / "starts"))
+    arm = lab.Arm("train.py --stage long", 4)
+    key = lab.key_of(arm, 0, place)
+    assert lab.key_of(lab.Arm("train.py --stage long", 4), 0, place) == key
+    others = [replace(arm, steps=5), replace(arm, command="train.py --stage ultra"), replace(arm, every=2),
+              replace(arm, config={}), replace(arm, transform=without_masks), replace(arm, start=arm)]
+    keys = [lab.key_of(other, 0, place) for other in others] + [key]
+    keys.append(lab.key_of(arm, 0, replace(place, quick=True)))
+    small_start(tmp_path / "other", seed=1)
+    keys.append(lab.key_of(arm, 0, replace(place, starts=tmp_path / "other")))
+    assert len(set(keys)) == len(keys)
+    with pytest.raises(ValueError, match="no checkpoint of stage 'ultra'"):
+        lab.find_start("ultra", 0, place)
+
+
+def test_a_finding_runs_and_repeats_to_the_last_digit(tmp_path, monkeypatch, capsys):
+    """Two arms, one stretched and one trained on rewritten packs, twice: equal results but for the clock."""
+    arms = {"stretched": lab.Arm(config={"rope_theta": 5e4}),
+            "trained": lab.Arm("train.py --stage long --seq 512 --batch-tokens 1k --mix recall_bare-256=1", 9,
+                               transform=without_masks, every=3)}
+    finding = lab.Finding("small", "Small", "Table 0", "trained is better", arms,
+                          {"better": lambda a: a["trained"][-1]["recall_bare@160"]
+                           - a["stretched"][-1]["recall_bare@160"]},
+                          lab.bars(("recall_bare@160",)), tasks="recall_bare", lengths="160",
+                          shown=("recall_bare@160",))
+    monkeypatch.setitem(run.FINDINGS, "small", finding)
+    starts, results = small_start(tmp_path / "starts"), []
+    for name in ("a", "b"):
+        options = ["--seeds", "0", "--quick", "--jobs", "2", "--starts", str(starts)]
+        run.main(["small", *options, "--lab", str(tmp_path / name)])
+        assert "better: " in capsys.readouterr().out
+        result = json.loads((tmp_path / name / "quick" / "small.json").read_text())
+        result.pop("date")
+        for arm in result["arms"].values():
+            assert arm.pop("seconds").keys() == {"0"}
+            arm["commands"] = [c.replace(str(tmp_path / name), "LAB") for c in arm["commands"]]
+        results.append(result)
+    assert results[0] == results[1]
+    made = results[0]["arms"]["trained"]
+    assert [point["step"] for point in made["points"]["0"]] == [2]  # quick: two steps, and only the end
+    assert [shlex.split(command)[0] for command in made["commands"]] == ["train.py", "eval.py"]
+    packed = PackedDataset(next(tmp_path.glob("a/*/packs/recall_bare-256")))
+    assert len(packed) == packed.meta["documents"] == 5  # one document a sequence
+    run.main(["--table", "--out", str(tmp_path / "a" / "quick")])
+    assert "| one seed |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_finding_runs_from_nothing(tmp_path, capsys):
+    """About two minutes: the starts are trained (two steps a stage), then every arm along its training."""
+    run.main(["short-dips", "--seeds", "0", "--quick", "--lab", str(tmp_path)])
+    result = json.loads((tmp_path / "quick" / "short-dips.json").read_text())
+    assert [point["step"] for point in result["arms"]["2K -> 8K"]["points"]["0"]] == [0, 1, 2]
+    assert len(list((tmp_path / "quick-starts" / "0" / "checkpoints").iterdir())) == 2
+    assert "one seed" in capsys.readouterr().out
+
+
+def test_what_cannot_be_is_said_at_once():
+    with pytest.raises(ValueError, match="finding 'rope' is unknown; choose one of rope-base"):
+        run.main(["rope"])
+    with pytest.raises(ValueError, match="nothing to do"):
+        run.main([])
