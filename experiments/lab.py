@@ -116,6 +116,11 @@ def shown_path(path: Path) -> str:
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
+def typed(command: Sequence[str]) -> str:
+    """The line that a reader would type."""
+    return f"OMP_NUM_THREADS=1 python {shlex.join(command)}"
+
+
 def run_program(command: Sequence[str], log: Path) -> None:
     """Run one of the five files on one thread. Raises RuntimeError with its last words."""
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +128,7 @@ def run_program(command: Sequence[str], log: Path) -> None:
         done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
                               env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
-        raise RuntimeError(f"{shlex.join(command)} failed; {log} ends:\n{log.read_text()[-2000:]}")
+        raise RuntimeError(f"{typed(command)} failed; {log} ends:\n{log.read_text()[-2000:]}")
 
 
 def find_start(stage: str, seed: int, lab: Lab) -> Path:
@@ -187,7 +192,7 @@ def make_arm(arm: Arm, seed: int, lab: Lab) -> tuple[list[Path], list[str]]:
             run_program(command, folder / "train.log")
             (folder / "done").touch()
     checkpoints = sorted((folder / "run" / "checkpoints").iterdir(), key=step_of)
-    return [start, *checkpoints], [*commands, shlex.join(command)]
+    return [start, *checkpoints], [*commands, typed(command)]
 
 
 def command_of(arm: Arm, seed: int, start: Path, folder: Path, quick: bool) -> list[str]:
@@ -243,7 +248,7 @@ def measure(finding: Finding, label: str, seed: int, lab: Lab) -> dict[str, Any]
                 run_program(command, out / f"{checkpoint.name}.log")
         at_start = checkpoint is checkpoints[0]
         points.append(point_of(json.loads(path.read_text()), 0 if at_start else step_of(checkpoint)))
-        commands = [*commands, shlex.join(command)]
+        commands = [*commands, typed(command)]
     return {"points": points, "commands": commands, "seconds": round(time.monotonic() - begin, 1)}
 
 
@@ -280,6 +285,8 @@ def run_finding(finding: Finding, seeds: Sequence[int], lab: Lab, command: str) 
                        for seed in seeds for label in finding.arms}
             for future in tqdm(as_completed(waiting), finding.name, len(waiting), unit="arm", disable=None):
                 label, seed = waiting[future]
+                if future.exception():
+                    pool.shutdown(cancel_futures=True)  # the others would only hold up the news
                 measured = future.result()
                 arms[label]["points"][str(seed)] = measured["points"]
                 arms[label]["seconds"][str(seed)] = measured["seconds"]

@@ -206,7 +206,7 @@ def test_a_finding_runs_and_repeats_to_the_last_digit(tmp_path, monkeypatch, cap
     assert results[0] == results[1]
     made = results[0]["arms"]["trained"]
     assert [point["step"] for point in made["points"]["0"]] == [2]  # quick: two steps, and only the end
-    assert [shlex.split(command)[0] for command in made["commands"]] == ["train.py", "eval.py"]
+    assert [shlex.split(command)[2] for command in made["commands"]] == ["train.py", "eval.py"]
     packed = PackedDataset(next(tmp_path.glob("a/*/packs/recall_bare-256")))
     assert len(packed) == packed.meta["documents"] == 5  # one document a sequence
     run.main(["--table", "--out", str(tmp_path / "a" / "quick")])
@@ -221,6 +221,13 @@ def test_a_finding_runs_from_nothing(tmp_path, capsys):
     assert [point["step"] for point in result["arms"]["2K -> 8K"]["points"]["0"]] == [0, 1, 2]
     assert len(list((tmp_path / "quick-starts" / "0" / "checkpoints").iterdir())) == 2
     assert "one seed" in capsys.readouterr().out
+
+
+def test_a_program_that_fails_says_why(tmp_path):
+    finding = replace(run.FINDINGS["rope-base"], arms={"x": lab.Arm("train.py --stage nonsense", 1)})
+    place = lab.Lab(tmp_path, small_start(tmp_path / "starts"))
+    with pytest.raises(RuntimeError, match=r"(?s)train.py --stage nonsense.*has no stage 'nonsense'"):
+        lab.run_finding(finding, [0], place, "")
 
 
 def test_what_cannot_be_is_said_at_once():
