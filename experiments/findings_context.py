@@ -15,10 +15,11 @@ from lab import STAGES, Arm, Finding, Measured, Transform, bars, by_length, by_s
 from parallel_speed import model_step_times
 
 from data import PackedDataset, PackedSequence
-from model import ntk_rope_theta
+from model import PRESETS, ntk_rope_theta
 
-THETA = STAGES["long"].rope_theta or 0.0  # what the start was trained with
-NTK = ntk_rope_theta(1, 2048, 8192, 16)  # dynamic NTK's factor for four times the length: 4.9
+OLD_LEN, THETA = STAGES["long"].seq_len, STAGES["long"].rope_theta or 0.0  # what the start was trained with
+HEAD_DIM = PRESETS["tiny"]["head_dim"]
+NTK = ntk_rope_theta(1, OLD_LEN, 8192, HEAD_DIM)  # dynamic NTK's factor for the new length
 LENGTHS = "256,2k,4k,8k"
 STEPS = 40
 
@@ -37,22 +38,23 @@ TWICE_NTK = extend(2 * NTK, every=8)  # the paper's choice, and the usual extens
 rope_base = Finding(
     "rope-base", "The RoPE base for a context four times as long", "Tables 18 and 19",
     "the old base recalls far less at the new length; twice what dynamic NTK says is better than NTK's",
-    {"x1": extend(1), "x4.9 (NTK)": extend(NTK), "x9.8": TWICE_NTK, "x64": extend(64)},
-    {"recall at 8K, base x9.8 less x1": lambda a: a["x9.8"][-1]["recall@8k"] - a["x1"][-1]["recall@8k"],
-     "recall at 8K, x9.8 less x4.9 (NTK)":
-         lambda a: a["x9.8"][-1]["recall@8k"] - a["x4.9 (NTK)"][-1]["recall@8k"]},
+    {"x1": extend(1), f"x{NTK:.1f} (NTK)": extend(NTK), "twice NTK": TWICE_NTK, "x64": extend(64)},
+    {"recall at 8K, twice NTK less x1":
+         lambda a: a["twice NTK"][-1]["recall@8k"] - a["x1"][-1]["recall@8k"],
+     "recall at 8K, twice NTK less NTK":
+         lambda a: a["twice NTK"][-1]["recall@8k"] - a[f"x{NTK:.1f} (NTK)"][-1]["recall@8k"]},
     by_length(LENGTHS, {"recall": ("recall", None), "icl": ("icl", None)}), lengths=LENGTHS)
 
 theta_zero_shot = Finding(
     "theta-zero-shot", "Another RoPE base without training", "Table 2",
     "position extrapolation without training costs some short-context ability",
-    {"x1": Arm(), "x9.8": Arm(config={"rope_theta": 2 * NTK * THETA}),
+    {"x1": Arm(), "twice NTK": Arm(config={"rope_theta": 2 * NTK * THETA}),
      "x64": Arm(config={"rope_theta": 64 * THETA})},
-    {"recall at 256, base x1 less x9.8":
-         lambda a: a["x1"][-1]["recall@256"] - a["x9.8"][-1]["recall@256"],
+    {"recall at 256, x1 less twice NTK":
+         lambda a: a["x1"][-1]["recall@256"] - a["twice NTK"][-1]["recall@256"],
      "recall at 256, x1 less x64": lambda a: a["x1"][-1]["recall@256"] - a["x64"][-1]["recall@256"],
-     "bits per byte of short code, x64 less x1":
-         lambda a: a["x64"][-1]["bits/byte short"] - a["x1"][-1]["bits/byte short"]},
+     "bits per byte of short code, twice NTK less x1":
+         lambda a: a["twice NTK"][-1]["bits/byte short"] - a["x1"][-1]["bits/byte short"]},
     by_length("256,512,1k,2k,4k,8k", {"recall": ("recall", None), "icl": ("icl", None)}),
     lengths="256,512,1k,2k,4k,8k", shown=("recall_bare@160", "recall@256", "recall@2k", "recall@8k",
                                           "bits/byte short"))
@@ -61,11 +63,12 @@ theta_zero_shot = Finding(
 
 _ROPES: dict[str, dict[str, Any]] = {
     "none": {},
-    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 8192 / OLD_LEN}},
     "NTK": {"rope_theta": NTK * THETA},
-    "YaRN": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}},
-    "Llama-3.1": {"rope_scaling": {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0,
-                                   "high_freq_factor": 4.0, "original_max_position_embeddings": 2048}},
+    "YaRN": {"rope_scaling": {"rope_type": "yarn", "factor": 8192 / OLD_LEN,
+                              "original_max_position_embeddings": OLD_LEN}},
+    "Llama-3.1": {"rope_scaling": {"rope_type": "llama3", "factor": 8192 / OLD_LEN, "low_freq_factor": 1.0,
+                                   "high_freq_factor": 4.0, "original_max_position_embeddings": OLD_LEN}},
 }
 
 position_methods = Finding(
@@ -134,7 +137,7 @@ train_longer = Finding(
     "train-longer", "Training beyond the length that is evaluated", "Table 7",
     "after 64K training, going on at 512K is better at 64K than going on at 64K, with equally many tokens",
     {"8K training": TWICE_NTK, "+ 20 steps at 8K": extend(2 * NTK, steps=20, batch="16k", start=TWICE_NTK),
-     "+ 20 steps at 16K": extend(2 * NTK * 2 * ntk_rope_theta(1, 8192, 16_384, 16), "16k", 20,
+     "+ 20 steps at 16K": extend(2 * NTK * 2 * ntk_rope_theta(1, 8192, 16_384, HEAD_DIM), "16k", 20,
                                  start=TWICE_NTK)},
     {"recall at 8K, going on at 16K less at 8K":
          lambda a: a["+ 20 steps at 16K"][-1]["recall@8k"] - a["+ 20 steps at 8K"][-1]["recall@8k"],

@@ -409,14 +409,14 @@ def draw(finding: Finding, result: dict[str, Any], path: Path) -> bool:
 
 
 def curve(axes: Any, x: Sequence[float], seeds: Sequence[Sequence[float]], label: str, i: int) -> None:
-    """The mean over the seeds with its interval, and every seed as a dot. `seeds` is [seed][x]."""
-    stats = [mean_interval(values) for values in zip(*seeds, strict=True)]
-    axes.plot(x, [mean for mean, _, _ in stats], color=f"C{i}", label=label)
+    """The i-th curve: the mean over the seeds with intervals, every seed a dot. `seeds` is [seed][x]."""
+    x = [place + 0.012 * i * (x[-1] - x[0]) for place in x]  # aside, so that dots don't hide each other
+    means, lows, highs = zip(*map(mean_interval, zip(*seeds, strict=True)), strict=True)
+    axes.plot(x, means, color=f"C{i}", label=label)
     if len(seeds) > 1:
-        axes.fill_between(x, [low for _, low, _ in stats], [high for _, _, high in stats], color=f"C{i}",
-                          alpha=0.12, linewidth=0)
+        axes.vlines(x, lows, highs, color=f"C{i}", linewidth=1, alpha=0.6)
     for values in seeds:
-        axes.plot(x, values, ".", color=f"C{i}", markersize=4)
+        axes.plot(x, values, ".", color=f"C{i}", markersize=5)
 
 
 def by_length(lengths: str, panels: dict[str, tuple[str, list[str] | None]]) -> Painter:
@@ -448,7 +448,7 @@ def by_step(metrics: Sequence[str]) -> Painter:
                 runs = list(arm["points"].values())
                 curve(axes, [point["step"] for point in runs[0]], [[p[metric] for p in run] for run in runs],
                       metric, i)
-            axes.set(xlabel="step", title=label)
+            axes.set(xlabel="step", title=label, ylim=(-0.03, 1.03))
         panels[0].set_ylabel("share of right answers")
         panels[-1].legend(fontsize=8)
 
