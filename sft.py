@@ -277,7 +277,7 @@ def ask_about_context(family: str, tokenizer: Tokenizer, rng: np.random.Generato
     A haystack has 16 to `longest` tokens, each octave as often: most are short.
     """
     if family == "value":
-        pairs = data.recall_pairs(rng, 1, int(rng.integers(2, data.N_PAIRS + 1)), (8, 16, 32))
+        pairs = data.recall_pairs(rng, 1, int(rng.integers(2, data.N_PAIRS + 1)))
         length = int(16 * (longest / 16) ** rng.random())
         haystack = data.haystack_windows(tokenizer, rng, 1, length, 0, held_out)
         (context,), _ = data.scatter_pairs(rng, pairs, haystack)

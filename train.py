@@ -162,7 +162,7 @@ def _tiny(name: str, seq_len: int, rope_theta: float, steps: int, batch_tokens: 
 
 RECIPES: dict[str, list[Stage]] = {
     "tiny": [
-        _tiny("base", 256, 1e4, 6000, 1024, {"recall_bare-256": 1.0}),
+        _tiny("base", 256, 1e4, 4000, 1024, {"recall_bare-256": 1.0}),
         _tiny("long", 2048, 1.6e5, 1300, 2048,
               {"recall_bare-256": 0.13, "recall-256": 0.20, "recall-2k": 0.45, "code_repos-2k": 0.06,
                "textbooks-2k": 0.02, "short": 0.04, "icl-2k": 0.10}),

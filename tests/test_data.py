@@ -980,13 +980,14 @@ def test_icl_labels_can_only_be_learnt_from_the_examples(tokenizer, length):
     assert len(dealt) > 8
 
 
-@pytest.mark.parametrize("known", [4, 32])
-def test_values_are_drawn_from_few_symbols_if_asked(known):
-    """Each row draws its values from `known` symbols of its own; keys are different all the same."""
-    pairs = data.recall_pairs(np.random.default_rng(0), 50, 16, (known,))
-    assert all(len(set(row[:, 0].tolist())) == 16 for row in pairs)
-    found = [set(row[:, 1:].flatten().tolist()) for row in pairs]
-    assert all(len(values) <= known for values in found) and set.union(*found) == set(data.SYMBOLS.tolist())
+@pytest.mark.parametrize("n_pairs", [2, 16, 32])
+def test_keys_and_values_differ_at_every_place(n_pairs):
+    """Within a row no two pairs share a symbol at the same place; over rows every symbol comes everywhere."""
+    pairs = data.recall_pairs(np.random.default_rng(0), 400, n_pairs)
+    assert pairs.shape == (400, n_pairs, 1 + data.VALUE_LEN)
+    assert all(len(set(place)) == n_pairs for row in pairs for place in row.T.tolist())
+    assert all(set(pairs[:, 0, place]) == set(data.SYMBOLS) for place in range(1 + data.VALUE_LEN))
+    assert any(len(set(value)) < data.VALUE_LEN for value in pairs[:, 0, 1:].tolist())  # within one they may
 
 
 @pytest.mark.parametrize(("name", "shortest", "longest"), [("recall_bare", 32, 128), ("recall", 32, 1024),
