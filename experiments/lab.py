@@ -93,7 +93,7 @@ class Finding:
     lengths: str = "256,2k,4k,8k"
     samples: int = 200
     shown: tuple[str, ...] = ("recall@256", "recall@2k", "recall@8k")  # columns of the printed table
-    evaluator: str = "eval.py"  # or experiments/tasks.py, which knows more tasks
+    evaluator: str = "eval.py"  # or experiments/tasks.py, which knows more tasks; options may follow
     along: bool = False  # measure an arm's start and all its checkpoints, not only its end
     compute: Callable[[int, bool], Measured] | None = None  # (seed, quick): instead of arms that are trained
 
@@ -254,7 +254,7 @@ def measure(finding: Finding, label: str, seed: int, lab: Lab) -> dict[str, Any]
 
 def evaluation_of(finding: Finding, seed: int, quick: bool) -> list[str]:
     """The command line that asks a model a finding's questions, but for the model."""
-    return [finding.evaluator, "--tasks", finding.tasks, "--lengths", finding.lengths,
+    return [*shlex.split(finding.evaluator), "--tasks", finding.tasks, "--lengths", finding.lengths,
             "--samples", str(16 if quick else finding.samples), "--seed", str(seed)]
 
 

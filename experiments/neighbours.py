@@ -19,6 +19,7 @@ The findings `neighbours` and `sft-loss` of experiments/run.py compare them with
 from __future__ import annotations
 
 import argparse
+import re
 import string
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -231,7 +232,27 @@ def average_by(what: str, seq_len: int = 0) -> Callable[..., tuple[Tensor, Tenso
     return loss
 
 
-# --- 5. Packs and runs ----------------------------------------------------------------------------
+# --- 5. Synthetic conversations that a rule can write -------------------------------------------------
+
+DOCUMENTED = re.compile(r'^def (\w+)\(.*?\).*?:\n +"""(\w[^"\n]{10,80})', re.MULTILINE)
+
+
+def sources_by_rule(folder: Path, tokenizer: Tokenizer, template: str, seq_len: int, n: int,
+                    seed: int) -> Iterator[dict[str, Any]]:
+    """In place of sft.write_sources, whose writer is a language model: questions about functions in code.
+
+    What a function does is the first line of its docstring, which stands in the text: it can be found there.
+    """
+    texts = (tokenizer.decode(document.input_ids[1:-1]) for document in data.code_repos(tokenizer, seed))
+    size = seq_len * 3 // 4
+    parts = (text[begin:begin + size] for text in texts for begin in range(0, len(text), size))
+    for part in islice((part for part in parts if DOCUMENTED.search(part)), n):
+        pairs = [{"question": f"What does {found[1]} do?", "answer": found[2], "chunk": found[0]}
+                 for found in DOCUMENTED.finditer(part)]
+        yield {"document": part, "pairs": pairs, "summary": " ".join(pair["answer"] for pair in pairs)}
+
+
+# --- 6. Packs and runs ----------------------------------------------------------------------------
 
 
 def make_knots(tokenizer: Tokenizer, seq_len: int, n: int, seed: int) -> list[PackedSequence]:
@@ -286,6 +307,7 @@ def main() -> None:
     for name in ("train", "sft"):
         runner = commands.add_parser(name, allow_abbrev=False, add_help=False)
         runner.add_argument("--skip-to", type=parse_length, help="jump in each document, up to this position")
+        runner.add_argument("--rule-writer", action="store_true", help="sft: synthetic data by a rule")
         runner.add_argument("--average", choices=("documents", "sequences"), help="what weighs the same")
     args, others = parser.parse_known_args()
     if args.command == "pack":
@@ -299,6 +321,8 @@ def run(args: argparse.Namespace, others: list[str]) -> None:
     """Run train.py or sft.py with their own options and what was asked for replaced."""
     program, kind = (train, train.TrainConfig) if args.command == "train" else (sft, sft.SftConfig)
     config = data.parse_cli(kind, program.__doc__, others)  # what is wrong is said before anything starts
+    if args.rule_writer and not (args.command == "sft" and config.synthetic_share):
+        raise ValueError("--rule-writer writes what sft.py's --synthetic-share asks for: give both")
     rope = skipping_rope(args.skip_to, config.seed) if args.skip_to else model.rope_cos_sin
     loss = model.Transformer.loss
     if args.average:
@@ -306,7 +330,9 @@ def run(args: argparse.Namespace, others: list[str]) -> None:
         if args.average == "sequences" and not config.seq:
             raise ValueError("--average sequences needs --seq")
     sys.argv = [f"{args.command}.py", *others]
-    with replaced(model, "rope_cos_sin", rope), replaced(model.Transformer, "loss", loss):
+    write = sources_by_rule if args.rule_writer else sft.write_sources
+    with (replaced(model, "rope_cos_sin", rope), replaced(model.Transformer, "loss", loss),
+          replaced(sft, "write_sources", write)):
         program.main()
 
 

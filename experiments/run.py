@@ -26,11 +26,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
 import findings_context  # noqa: E402
+import findings_data  # noqa: E402
 from lab import Finding, Lab, draw, format_result, markdown_table, run_finding  # noqa: E402
 
 from data import run_main  # noqa: E402
 
-FINDINGS: dict[str, Finding] = {finding.name: finding for finding in [*findings_context.FINDINGS]}
+FINDINGS: dict[str, Finding] = {finding.name: finding
+                                for finding in [*findings_context.FINDINGS, *findings_data.FINDINGS]}
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

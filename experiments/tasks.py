@@ -1,16 +1,19 @@
-"""eval.py with two more tasks, for the lab: recall from few pairs and from many.
+"""eval.py with more tasks, for the lab: other recall, and chat.
 
     python experiments/tasks.py --model runs/tiny/checkpoints/ultra-120 --tasks few,recall,many --lengths 4k
 
 `few` scatters 4 pairs in held-out code (as many keys as RULER's first multi-key needle task), `recall` 16, as
 in training, `many` 32, twice as many as training ever showed and as many as there are keys. All other options
-and results are eval.py's.
+and results are eval.py's. `recall_prose` has held-out prose, docstrings, where `recall` has code;
+`chat_value` and `chat_label` are sft.py's held-out questions about a context, asked in a conversation.
 """
 
 from __future__ import annotations
 
+import ast
 import sys
-from functools import partial
+from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
+import sft  # noqa: E402
 
 
 def scattered_pairs(n_pairs: int, tokenizer: data.Tokenizer, length: int, n: int, questions: int,
@@ -40,8 +44,43 @@ def scattered_pairs(n_pairs: int, tokenizer: data.Tokenizer, length: int, n: int
         for row, row_pairs, row_starts in zip(rows, pairs, starts, strict=True)]
 
 
-MORE_TASKS = {name: evaluation.Task(partial(scattered_pairs, n), evaluation.score_same, "recall", shared=n,
-                                    exact=True) for name, n in (("few", 4), ("many", len(data.SYMBOLS)))}
+@cache
+def held_out_prose(tokenizer: data.Tokenizer) -> np.ndarray:
+    """The docstrings of the packages that training never sees, some 80,000 tokens."""
+    held_out = [files for name, files in sorted(data.list_repositories().items()) if data.is_held_out(name)]
+    texts = [ast.get_docstring(tree) or "" for files in held_out for tree in data.syntax_trees(files[:200])]
+    return tokenizer.encode("\n\n".join(text for text in texts if len(text) > 200))
+
+
+def prose_recall(tokenizer: data.Tokenizer, length: int, n: int, questions: int,
+                 seed: int) -> list[evaluation.Example]:
+    """`recall` with held-out prose as its haystack."""
+    rng, room = np.random.default_rng((seed, length, n)), evaluation._room(tokenizer, length)
+    text = held_out_prose(tokenizer)
+    begins = rng.integers(len(text) - room + 1, size=(n, 1))
+    return evaluation._ask_for_each(tokenizer, rng, text[begins + np.arange(room)])
+
+
+def chat(family: str, tokenizer: data.Tokenizer, length: int, n: int, questions: int,
+         seed: int) -> list[evaluation.Example]:
+    """First questions of held-out conversations; an answer is right with its end of turn."""
+    examples = []
+    for messages in islice(sft.builtin_conversations(tokenizer, seed, [family], 1024, held_out=True), n):
+        asked = sft.encode_chat(tokenizer, messages[:1], answer_next=True).input_ids
+        answer = np.append(messages[1]["content"], tokenizer.special_id(sft.CHAT_TEMPLATES["llama3"].end))
+        question = evaluation.Question(asked[-1:], (tokenizer.decode(answer),))
+        examples.append(evaluation.Example(asked[:-1], (question,), len(answer)))
+    return examples
+
+
+_same = partial(evaluation.Task, score=evaluation.score_same, exact=True)
+MORE_TASKS = {
+    "few": _same(partial(scattered_pairs, 4), category="recall", shared=4),
+    "many": _same(partial(scattered_pairs, len(data.SYMBOLS)), category="recall", shared=len(data.SYMBOLS)),
+    "recall_prose": _same(prose_recall, category="recall", shared=data.N_PAIRS),
+    "chat_value": _same(partial(chat, "value"), category="chat", shared=1, only_length=1024),
+    "chat_label": _same(partial(chat, "label"), category="chat", shared=1, only_length=1024),
+}
 
 
 def main() -> None:
