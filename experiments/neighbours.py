@@ -293,7 +293,8 @@ def pack(args: argparse.Namespace) -> None:
     data.inspect(str(args.out))
 
 
-def main() -> None:
+def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """This file's own options, and those that are left for train.py or sft.py."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -309,12 +310,18 @@ def main() -> None:
         runner.add_argument("--skip-to", type=parse_length, help="jump in each document, up to this position")
         runner.add_argument("--rule-writer", action="store_true", help="sft: synthetic data by a rule")
         runner.add_argument("--average", choices=("documents", "sequences"), help="what weighs the same")
-    args, others = parser.parse_known_args()
+    args, others = parser.parse_known_args(argv)
+    if args.command == "pack" and others:
+        parser.error(f"unknown: {' '.join(others)}")
+    return args, others
+
+
+def main() -> None:
+    args, others = parse()
     if args.command == "pack":
-        if others:
-            parser.error(f"unknown: {' '.join(others)}")
-        return pack(args)
-    run(args, others)
+        pack(args)
+    else:
+        run(args, others)
 
 
 def run(args: argparse.Namespace, others: list[str]) -> None:

@@ -63,11 +63,11 @@ def prose_recall(tokenizer: data.Tokenizer, length: int, n: int, questions: int,
 
 def chat(family: str, tokenizer: data.Tokenizer, length: int, n: int, questions: int,
          seed: int) -> list[evaluation.Example]:
-    """First questions of held-out conversations; an answer is right with its end of turn."""
+    """First questions of held-out conversations, and the symbols of their answers."""
     examples = []
     for messages in islice(sft.builtin_conversations(tokenizer, seed, [family], 1024, held_out=True), n):
         asked = sft.encode_chat(tokenizer, messages[:1], answer_next=True).input_ids
-        answer = np.append(messages[1]["content"], tokenizer.special_id(sft.CHAT_TEMPLATES["llama3"].end))
+        answer = messages[1]["content"]
         question = evaluation.Question(asked[-1:], (tokenizer.decode(answer),))
         examples.append(evaluation.Example(asked[:-1], (question,), len(answer)))
     return examples
