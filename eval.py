@@ -16,9 +16,9 @@ question and answer together fill the length asked for, to 3%, by counting real 
 Every score comes with the number of questions, a 95% interval and what guessing would score. Questions that
 share a context are not independent, and the interval knows it. Haystacks are code that training never sees.
 
-    python eval.py --model runs/tiny/checkpoints/ultra-120 --tasks toy --lengths 1k,4k
+    python eval.py --model runs/tiny/checkpoints/ultra-100 --tasks toy --lengths 1k,4k
     python eval.py --model DIR --tokenizer DIR --tasks text --lengths 8k,32k --samples 100
-    python eval.py --compare runs/a/eval/long-1300.json,runs/b/eval/long-1300.json
+    python eval.py --compare runs/a/eval/long-900.json,runs/b/eval/long-900.json
 
 The formats are those of HELMET (2410.02694: JSON pairs, many-shot ICL, passages, re-ranking) and RULER
 (2404.06654: needles, variable tracking, common and frequent words); scores are computed as theirs are.
@@ -1292,7 +1292,7 @@ def main() -> None:
     if config.compare:
         return compare_files(config)
     if not config.model:
-        raise ValueError("--model is missing; name a model's folder, as runs/tiny/checkpoints/long-1300")
+        raise ValueError("--model is missing; name a model's folder, as runs/tiny/checkpoints/long-900")
     if config.dtype not in ("", "float32", "bfloat16", "float64"):
         raise ValueError(f"--dtype {config.dtype!r} is unknown; choose float32, bfloat16 or float64")
     data.tokenizer_for(config.model, config.tokenizer)

@@ -1506,7 +1506,7 @@ def cpu_has_bf16() -> bool:
 # --- 11. Look at a model, or hand it on -----------------------------------------------------------
 #
 #     python model.py info llama3-8b --length 512k       a preset or a folder: shape, RoPE, memory
-#     python model.py export runs/tiny/checkpoints/ultra-120 exported --dtype bfloat16
+#     python model.py export runs/tiny/checkpoints/ultra-100 exported --dtype bfloat16
 #
 # A checkpoint also holds Adam's moments, which programs that read every safetensors file of a folder would
 # take for weights. `export` writes the model alone, in the dtype that it will be used in.

@@ -162,11 +162,11 @@ def _tiny(name: str, seq_len: int, rope_theta: float, steps: int, batch_tokens: 
 
 RECIPES: dict[str, list[Stage]] = {
     "tiny": [
-        _tiny("base", 256, 1e4, 4000, 1024, {"recall_bare-256": 1.0}),
-        _tiny("long", 2048, 1.6e5, 1300, 2048,
+        _tiny("base", 256, 1e4, 3000, 1024, {"recall_bare-256": 1.0}),
+        _tiny("long", 2048, 1.6e5, 900, 2048,
               {"recall_bare-256": 0.13, "recall-256": 0.20, "recall-2k": 0.45, "code_repos-2k": 0.06,
                "textbooks-2k": 0.02, "short": 0.04, "icl-2k": 0.10}),
-        _tiny("ultra", 16_384, 1e7, 120, 16_384,
+        _tiny("ultra", 16_384, 1e7, 100, 16_384,
               {"recall_bare-256": 0.03, "recall-2k": 0.13, "recall-16k": 0.64, "code_repos-16k": 0.08,
                "textbooks-16k": 0.02, "short": 0.03, "icl-2k": 0.07}),
     ],
@@ -615,7 +615,7 @@ def train_step(model: Transformer, optimizer: torch.optim.Optimizer, batches: Se
 
 # --- 7. Checkpoints -------------------------------------------------------------------------------
 #
-#     runs/tiny/checkpoints/long-1300/
+#     runs/tiny/checkpoints/long-900/
 #         config.json, model.safetensors          a Hugging Face folder, as model.py writes it
 #         optimizer-00001-of-00002.safetensors    Adam's moments: the rows of each rank
 #         state.json                              where the run is, what made it, every file's size and sha256

@@ -1,6 +1,6 @@
 """eval.py with more tasks, for the lab: other recall, and chat.
 
-    python experiments/tasks.py --model runs/tiny/checkpoints/ultra-120 --tasks few,recall,many --lengths 4k
+    python experiments/tasks.py --model runs/tiny/checkpoints/ultra-100 --tasks few,recall,many --lengths 4k
 
 `few` scatters 4 pairs in held-out code (as many keys as RULER's first multi-key needle task), `recall` 16, as
 in training, `many` 32, twice as many as training ever showed and as many as there are keys. All other options

@@ -152,7 +152,7 @@ def test_tests_that_are_named_exist(command):
 
 
 def test_named_checkpoints_are_those_of_the_recipe():
-    """After `python train.py`: runs/tiny/checkpoints/ultra-120, and so on."""
+    """After `python train.py`: runs/tiny/checkpoints/ultra-100, and so on."""
     known = {f"{stage.name}-{stage.steps}" for stage in train.RECIPES["tiny"]}
     named = {name for text in DOCS.values()
              for name in re.findall(r"runs/(?:tiny/checkpoints|a/eval)/(\w+-\d+)", text)}
