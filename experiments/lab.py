@@ -158,6 +158,7 @@ def key_of(arm: Arm, seed: int, lab: Lab) -> str:
     start = (key_of(arm.start, seed, lab) if isinstance(arm.start, Arm) else
              sha256(find_start(arm.start, seed, lab) / "model.safetensors"))
     code = [sha256(ROOT / f"{name}.py") for name in ("data", "model", "eval", "train", "sft")]
+    code += own_code(arm.command)
     facts = [arm.command, arm.steps, arm.every, start, arm.config, seed, lab.quick, code,
              inspect.getsource(arm.transform) if arm.transform else ""]
     return f"{seed}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]}"
@@ -165,6 +166,11 @@ def key_of(arm: Arm, seed: int, lab: Lab) -> str:
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def own_code(command: str) -> list[str]:
+    """The hash of a program of the lab's own, where a command names one."""
+    return [sha256(ROOT / path) for path in command.split()[:1] if path.startswith("experiments/")]
 
 
 MAKING: dict[str, Lock] = defaultdict(Lock)  # by key: arms that share a start wait for it
@@ -238,7 +244,7 @@ def measure(finding: Finding, label: str, seed: int, lab: Lab) -> dict[str, Any]
     arm, points, begin = finding.arms[label], [], time.monotonic()
     checkpoints, commands = make_arm(arm, seed, lab)
     evaluation = evaluation_of(finding, seed, lab.quick)
-    asked = hashlib.sha256(shlex.join(evaluation).encode()).hexdigest()[:8]
+    asked = hashlib.sha256(json.dumps(evaluation + own_code(finding.evaluator)).encode()).hexdigest()[:8]
     for checkpoint in checkpoints if finding.along else checkpoints[-1:]:
         out = lab.folder / key_of(arm, seed, lab) / "eval" / asked
         command = [*evaluation, "--model", shown_path(checkpoint), "--out", shown_path(out)]
