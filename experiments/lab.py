@@ -103,7 +103,7 @@ class Lab:
     """Where things lie, and how much is done."""
 
     folder: Path = ROOT / "runs" / "lab"
-    starts: Path = ROOT / "runs" / "lab" / "starts"
+    starts: Path | None = None  # somebody's runs of the tiny recipe, by seed; none: the lab trains its own
     quick: bool = False  # two steps and sixteen questions: does it run?
     jobs: int = 1
 
@@ -132,14 +132,15 @@ def run_program(command: Sequence[str], log: Path) -> None:
 
 
 def find_start(stage: str, seed: int, lab: Lab) -> Path:
-    """A seed's checkpoint at the end of a stage of the tiny recipe, trained now if there is none.
+    """A seed's checkpoint at the end of a stage of the tiny recipe, trained now if the lab has none.
 
-    Raises ValueError for a stage that lies beyond where the lab starts, and is not there.
+    Raises ValueError for one that is not in the folder of starts that was given, and for a later stage.
     """
-    folder = lab.starts / str(seed)
+    own = lab.folder / ("quick-starts" if lab.quick else "starts")
+    folder = (lab.starts or own) / str(seed)
     if found := sorted((folder / "checkpoints").glob(f"{stage}-*[0-9]"), key=step_of):
         return found[-1]
-    if stage not in START_STAGES:
+    if lab.starts or stage not in START_STAGES:
         raise ValueError(f"{folder} has no checkpoint of stage {stage!r}; give --starts DIR, with a run of "
                          "the tiny recipe in DIR/SEED")
     out = folder / f"{stage}.run"

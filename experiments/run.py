@@ -62,8 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         width = max(map(len, FINDINGS))
         for finding in FINDINGS.values():
             print(f"{finding.name:<{width}}  {finding.claim} ({finding.source})")
-    own_starts = lab_folder / ("quick-starts" if args.quick else "starts")
-    lab = Lab(lab_folder, (args.starts or own_starts).resolve(), args.quick, args.jobs)
+    lab = Lab(lab_folder, args.starts and args.starts.resolve(), args.quick, args.jobs)
     seeds = [int(seed) for seed in args.seeds.split(",")]
     for name in names:
         begin = time.monotonic()

@@ -213,8 +213,11 @@ def test_an_arm_is_known_by_all_that_it_depends_on(tmp_path):
     small_start(tmp_path / "other", seed=1)
     keys.append(lab.key_of(arm, 0, replace(place, starts=tmp_path / "other")))
     assert len(set(keys)) == len(keys)
+    for stage in ("base", "ultra"):  # never trained into a folder that somebody gave
+        with pytest.raises(ValueError, match=f"no checkpoint of stage '{stage}'"):
+            lab.find_start(stage, 0, place)
     with pytest.raises(ValueError, match="no checkpoint of stage 'ultra'"):
-        lab.find_start("ultra", 0, place)
+        lab.find_start("ultra", 0, lab.Lab(tmp_path))
 
 
 def test_a_finding_runs_and_repeats_to_the_last_digit(tmp_path, monkeypatch, capsys):
