@@ -277,12 +277,11 @@ class _Rotate(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.to(cos.dtype).chunk(2, dim=-1)  # (T, H, D) -> 2 x (T, H, D/2)
-    rotated = torch.empty(x.shape, dtype=cos.dtype, device=x.device)
-    for half, straight, across in ((rotated.chunk(2, dim=-1)[0], first, -second),
-                                   (rotated.chunk(2, dim=-1)[1], second, first)):
-        torch.mul(straight, cos, out=half).addcmul_(across, sin)  # in place: half the time of cat
-    return rotated.to(x.dtype)
+    halves = x.to(cos.dtype).unflatten(-1, (2, -1))  # (T, H, D) -> (T, H, 2, D/2)
+    rotated = halves * cos[:, :, None]
+    rotated[:, :, 0].addcmul_(halves[:, :, 1], sin, value=-1)  # in place: half the time of cat
+    rotated[:, :, 1].addcmul_(halves[:, :, 0], sin)
+    return rotated.flatten(-2).to(x.dtype)  # -> (T, H, D)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -701,7 +700,7 @@ class _NormRows(torch.autograd.Function):
         mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1]  # (T, 1)
         scale = (mean_square + eps).rsqrt()
         ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).to(x.dtype) * weight
+        return (wide * scale).to(x.dtype).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
