@@ -1563,7 +1563,7 @@ def main() -> None:
     look = commands.add_parser("info", help="parameters, shape, RoPE and memory")
     look.add_argument("model", help=f"a model's folder, or one of {', '.join(PRESETS)}")
     look.add_argument("--length", help="tokens of the text whose memory is counted (default: the context)",
-                      type=lambda text: int(text.removesuffix("k")) * (1024 if text.endswith("k") else 1))
+                      type=lambda text: int(text.rstrip("km")) << {"k": 10, "m": 20}.get(text[-1:], 0))
     hand = commands.add_parser("export", help="write the model alone, for transformers, vLLM and others")
     hand.add_argument("model", help="a model's folder, or a run's checkpoint")
     hand.add_argument("out", help="the new folder")

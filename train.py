@@ -345,7 +345,8 @@ def default_seq_parallel_size(n_heads: int, n_kv_heads: int, stage: Stage, world
     raise ValueError(
         f"no seq_parallel_size fits: {world_size} ranks, {n_heads}/{n_kv_heads} heads (which allow "
         f"{valid_seq_parallel_sizes(n_heads, n_kv_heads)}), sequences of {stage.seq_len:,} tokens and "
-        f"{stage.batch_tokens // stage.seq_len} of them a step; change the number of ranks or --batch-tokens")
+        f"{stage.batch_tokens // stage.seq_len} of them a step; change the number of ranks or "
+        "--batch-tokens, or let a rank hold more than 64K of a sequence's tokens with --seq-parallel-size")
 
 
 def choose_dtype(name: str, device: torch.device, dim: int) -> tuple[torch.dtype, str]:
