@@ -49,8 +49,8 @@ from data import Document, PackedSequence, PackReport, Tokenizer, parse_length
 #
 # Chunks of one document keep their order, but others come between them: to foresee a chunk one must find the
 # one that it continues. A chunk of a cut document begins with a name (not trained: nobody can foresee it),
-# and after its last chunk the names of all stand in order (trained: the paper's backtracing). The paper also
-# numbers both ends of every cut.
+# and after its last chunk the names of all stand in order (trained if anything of the document is: the
+# paper's backtracing). The paper also numbers both ends of every cut.
 
 HEAD, NAMES = "<|start_header_id|>", "<|end_header_id|>"  # what the tokenizer has and documents don't
 
@@ -66,7 +66,8 @@ def knot(documents: Sequence[Document], tokenizer: Tokenizer, rng: np.random.Gen
             names = [tokenizer.encode("".join(rng.choice(list(string.ascii_lowercase), 2))) for _ in chunks]
             chunks = [join(_ids([*head, *name], trained=False), chunk)
                       for name, chunk in zip(names, chunks, strict=True)]
-            chunks[-1] = join(chunks[-1], _ids(end, trained=False), _ids(np.concatenate(names), trained=True))
+            trained = document.loss_mask is None or bool(document.loss_mask.any())
+            chunks[-1] = join(chunks[-1], _ids(end, trained=False), _ids(np.concatenate(names), trained))
         tied.append(chunks)
     # Whose turn it is, in random order; a document gives its chunks in their own order.
     turns = rng.permutation(np.repeat(np.arange(len(tied)), [len(chunks) for chunks in tied]))
@@ -92,16 +93,22 @@ def _ids(ids: Sequence[int] | np.ndarray, trained: bool) -> Document:
 
 
 def knots(asked: Iterator[Document], others: Iterator[Document], length: int, tokenizer: Tokenizer,
-          rng: np.random.Generator) -> Iterator[Document]:
+          rng: np.random.Generator, hops: int = 4) -> Iterator[Document]:
     """Knots of exactly `length` tokens, each of one document of `asked` and as many of `others` as it takes.
 
     One, because two recall documents would give one key two values; real documents differ in their subjects.
+    What is left of the length, a whole document of `others` being too long for it, stands before the knot.
     """
+    marks = 5 * hops + 1  # tokens that tie a document, at most: two names a chunk, a mark each and one more
     while True:
         found = [next(asked)]
-        while sum(map(len, found)) < length:
+        while sum(map(len, found)) + marks * len(found) < length:
             found.append(next(others))
-        yield knot(found, tokenizer, rng)[:length]
+        filler = found.pop()
+        tied = knot(found, tokenizer, rng, hops)
+        while len(filler) < length - len(tied):
+            filler = join(filler, next(others))
+        yield join(filler[:length - len(tied)], tied)
 
 
 # --- 2. Dataset Decomposition ---------------------------------------------------------------------
@@ -256,28 +263,37 @@ def sources_by_rule(folder: Path, tokenizer: Tokenizer, template: str, seq_len: 
 
 
 def make_knots(tokenizer: Tokenizer, seq_len: int, n: int, seed: int) -> list[PackedSequence]:
-    """Sequences of one knot each: recall documents of at most a quarter of it, tied with short functions."""
+    """Sequences of one knot each: a recall document of at most a quarter of it, tied with short functions.
+
+    Only answers are trained, as in recall documents: what lies around them is their haystack.
+    """
     asked = data.SYNTHETIC_DOMAINS["recall"](tokenizer, seed, seq_len // 4)
     functions = chain.from_iterable(data.short(tokenizer, seed + epoch) for epoch in range(1000))
-    tied = knots(asked, functions, seq_len, tokenizer, data._generator(seed, "knots"))
+    haystack = (Document(f.input_ids, np.zeros(len(f), bool)) for f in functions)
+    tied = knots(asked, haystack, seq_len, tokenizer, data._generator(seed, "knots"))
     return [PackedSequence(k.input_ids, (seq_len,), k.loss_mask) for k in islice(tied, n)]
 
 
 def make_decomposed(tokenizer: Tokenizer, seq_len: int, n: int, seed: int, shares: dict[str, float],
                     cycles: int = 2) -> list[PackedSequence]:
-    """About `n` sequences of the embedded domains by their shares of tokens, decomposed and ordered."""
+    """`n` sequences of the embedded domains by their shares of tokens, decomposed and ordered.
+
+    Made from the documents of 10 more: pieces of a size that do not fill a sequence are left over.
+    """
     documents: list[Document] = []
+    rng = data._generator(seed, "decomposed")
     for domain, share in shares.items():
         name, _, length = domain.partition("-")
         stream = (data.SYNTHETIC_DOMAINS[name](tokenizer, seed, parse_length(length))
                   if name in data.SYNTHETIC_DOMAINS else
                   (data.LONG_DOMAINS | data.SHORT_DOMAINS)[name](tokenizer, seed))
-        wanted, taken = share / sum(shares.values()) * n * seq_len, 0
-        while taken < wanted:
-            document = next(stream)[:int(wanted) - taken]
-            documents.append(document)
-            taken += len(document)
-    return length_curriculum(documents, seq_len, 32, cycles, data._generator(seed, "decomposed"))
+        wanted = int(share / sum(shares.values()) * (n + 10) * seq_len)
+        while wanted > 0:
+            document = next(stream)
+            documents.append(document if name in data.SYNTHETIC_DOMAINS else document[:wanted])
+            wanted -= len(document)
+    order = length_curriculum(documents, seq_len, 32, cycles, rng)
+    return [order[i] for i in np.sort(rng.choice(len(order), n, replace=False))]
 
 
 def pack(args: argparse.Namespace) -> None:
@@ -286,7 +302,7 @@ def pack(args: argparse.Namespace) -> None:
         sequences = make_knots(tokenizer, args.seq, args.sequences, args.seed)
     else:
         made = make_decomposed(tokenizer, args.seq, args.sequences, args.seed, data.parse_mixture(args.mix))
-        sequences = in_drawing_order(made[:args.sequences], args.out.name, args.seed)
+        sequences = in_drawing_order(made, args.out.name, args.seed)
     report.documents_in = sum(len(s.doc_lens) for s in sequences)
     report.tokens_in = report.tokens_packed = len(sequences) * args.seq
     data.write_packed(args.out, sequences, tokenizer, args.seq, args.out.name, args.seed, report)

@@ -80,12 +80,17 @@ def test_chunks_are_shuffled():
 
 
 def test_knots_fill_the_length_and_hold_one_that_asks():
-    asked = iter([Document(np.full(10, 300, np.uint32))] * 5)
-    others = iter([Document(np.full(30, 7, np.uint32))] * 100)
-    made = neighbours.knots(asked, others, 128, TOKENIZER, np.random.default_rng(0))
-    for _ in range(5):
+    rng = np.random.default_rng(0)
+    asked = iter([Document(np.full(10, 300, np.uint32))] * 20)
+    others = (Document(np.full(rng.integers(1, 90), 7, np.uint32), None) for _ in range(1000))
+    made = neighbours.knots(asked, others, 256, TOKENIZER, rng)
+    for _ in range(20):
         tied = next(made)
-        assert len(tied) == 128 and (tied.input_ids == 300).sum() <= 10
+        assert len(tied) == 256 and (tied.input_ids == 300).sum() == 10  # nothing of it is lost
+    sequence = neighbours.make_knots(TOKENIZER, 2048, 7, 0)[6]  # recall of 512 tokens, after 128s and 256s
+    questions = sequence.input_ids == data.QUESTION
+    assert questions.sum() == 16 and 4 * 16 <= sequence.loss_mask.sum() <= 4 * 16 + 2 * 4
+    assert not sequence.loss_mask[questions].any()
 
 
 @settings(max_examples=50, deadline=None)
