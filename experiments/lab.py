@@ -34,6 +34,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import date
+from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -158,15 +159,19 @@ def key_of(arm: Arm, seed: int, lab: Lab) -> str:
     """A name for what an arm gives: a hash of all that it depends on."""
     start = (key_of(arm.start, seed, lab) if isinstance(arm.start, Arm) else
              sha256(find_start(arm.start, seed, lab) / "model.safetensors"))
-    code = [sha256(ROOT / f"{name}.py") for name in ("data", "model", "eval", "train", "sft")]
-    code += own_code(arm.command)
-    facts = [arm.command, arm.steps, arm.every, start, arm.config, seed, lab.quick, code,
-             inspect.getsource(arm.transform) if arm.transform else ""]
+    facts = [arm.command, arm.steps, arm.every, start, arm.config, seed, lab.quick, five_files(),
+             own_code(arm.command), inspect.getsource(arm.transform) if arm.transform else ""]
     return f"{seed}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]}"
 
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@cache
+def five_files() -> list[str]:
+    """The hashes of the code that every arm runs, as it was when the lab was opened."""
+    return [sha256(ROOT / f"{name}.py") for name in ("data", "model", "eval", "train", "sft")]
 
 
 def own_code(command: str) -> list[str]:
@@ -234,10 +239,9 @@ def pack_transformed(command: Sequence[str], folder: Path, transform: Transform)
     for name in ("plain", "packs"):
         shutil.rmtree(folder / name, ignore_errors=True)
     pack_domains(stage, folder / "plain", tokenizer, config.seed)
-    for domain in stage.mixture:
-        plain = PackedDataset(folder / "plain" / domain)
-        write_packed(folder / "packs" / domain, transform(plain, config.seed), tokenizer, stage.seq_len,
-                     domain, config.seed, PackReport())
+    for path in sorted((folder / "plain").iterdir()):
+        write_packed(folder / "packs" / path.name, transform(PackedDataset(path), config.seed), tokenizer,
+                     stage.seq_len, path.name, config.seed, PackReport())
 
 
 def measure(finding: Finding, label: str, seed: int, lab: Lab) -> dict[str, Any]:
