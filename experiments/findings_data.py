@@ -16,6 +16,8 @@ per byte of short documents, where the paper has HellaSwag and MMLU.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import neighbours
@@ -24,6 +26,7 @@ from findings_context import NTK, STEPS, THETA
 from lab import Arm, Finding, Measured, Point, bars, curve
 
 import data
+import sft
 from data import PackedDataset, PackedSequence
 
 LONG = {"recall-8k": 0.70, "code_repos-8k": 0.15, "icl-8k": 0.15}
@@ -234,6 +237,57 @@ def chat(point: Point) -> float:
     return (point["chat_value@1k"] + point["chat_label@1k"]) / 2
 
 
+def loss_weights(seed: int, quick: bool) -> Measured:
+    """What each domain of a fine-tuning step weighs in the loss, by what the loss averages over.
+
+    A trained token's weight is 1 / (groups x trained tokens of its group), the groups being one for all
+    tokens, or the sequences, or the documents. Exact: packs are counted, nothing is trained.
+    """
+    config = sft.SftConfig(seq=2048, synthetic_share=0.1, seed=seed)
+    stage, tokenizer = sft.choose_stage(config), data.load_tokenizer()
+    sources = neighbours.sources_by_rule(Path(), tokenizer, "llama3", 2048, 50, seed)
+    synthetic = sft.synthetic_documents(sources, tokenizer, "llama3", 2048, seed)
+    streams = {"chat": data.pack_sft(sft.builtin_documents(tokenizer, config, 2048), 2048),
+               "synthetic": data.pack_sft(synthetic, 2048),
+               "recall-2k": data.pack_builtin("recall-2k", tokenizer, 2048, seed, data.PackReport())}
+    groups: dict[str, list[tuple[str, int]]] = {"tokens": [], "sequences": [], "documents": []}
+    for domain, share in stage.mixture.items():
+        for sequence in islice(streams[domain], round(share * (32 if quick else 256))):
+            assert sequence.loss_mask is not None
+            trained = np.add.reduceat(sequence.loss_mask.astype(int), np.cumsum((0, *sequence.doc_lens[:-1])))
+            groups["documents"] += [(domain, int(n)) for n in trained if n]
+            groups["sequences"].append((domain, int(trained.sum())))
+    points = {}
+    for way, parts in groups.items():
+        parts = parts or groups["sequences"]
+        sizes = [n for _, n in parts]
+        weights = [n / sum(sizes) if way == "tokens" else 1 / len(parts) for n in sizes]
+        weight, trained_of = dict.fromkeys(stage.mixture, 0.0), dict.fromkeys(stage.mixture, 0)
+        for (domain, n), w in zip(parts, weights, strict=True):
+            weight[domain] += w
+            trained_of[domain] += n
+        of_token = {domain: weight[domain] / trained_of[domain] for domain in stage.mixture}
+        points[way] = [{"step": 0, "synthetic token / chat token": of_token["synthetic"] / of_token["chat"]}
+                       | {f"weight of {domain}": weight[domain] for domain in stage.mixture}]
+    return points
+
+
+sft_weights = Finding(
+    "sft-weights", "What a trained token weighs in fine-tuning", "A.3",
+    "averaging over sequences skews the optimization: tokens with few trained ones beside them weigh more",
+    {}, {"a synthetic conversation's token over chat's, averaged over sequences, less 1":
+         lambda m: m["sequences"][-1]["synthetic token / chat token"] - 1,
+         "weight of recall (33% of all tokens), sequences less tokens":
+             less("sequences", "tokens", "weight of recall-2k"),
+         "weight of synthetic conversations (10% of all tokens), sequences less tokens":
+             less("sequences", "tokens", "weight of synthetic")},
+    bars(("weight of chat", "weight of recall-2k", "weight of synthetic", "synthetic token / chat token")),
+    why="counted in packs of 2K: 57% chat, 33% recall, 10% synthetic long conversations, of all tokens. "
+        "Packed sequences are equally long, so averaging over them gives a domain its share of all tokens, "
+        "averaging over tokens its share of the trained ones",
+    shown=("weight of chat", "weight of recall-2k", "weight of synthetic", "synthetic token / chat token"),
+    compute=loss_weights)
+
 sft_loss = Finding(
     "sft-loss", "What the loss of fine-tuning averages over", "A.3",
     "averaged over sequences, few trained tokens weigh as much as many, which skews what is learnt",
@@ -258,4 +312,4 @@ sft_synthetic = Finding(
     tasks=SFT_TASKS, lengths=SFT_LENGTHS, samples=200, evaluator=SFT_EVAL,
     shown=("chat_value@1k", "chat_label@1k", "recall@256", "recall@2k"))
 
-FINDINGS = [long_share_finding, perplexity_misleads, long_source, ways, sft_loss, sft_synthetic]
+FINDINGS = [long_share_finding, perplexity_misleads, long_source, ways, sft_weights, sft_loss, sft_synthetic]
