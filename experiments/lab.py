@@ -391,15 +391,31 @@ def format_result(finding: Finding, result: dict[str, Any]) -> str:
 
 
 def markdown_table(results: Iterable[dict[str, Any]]) -> str:
-    """Of all findings: the paper's direction, ours with its interval over seeds, and whether they agree."""
+    """The README's: a row for each finding, the paper's direction beside the first of its contrasts."""
     lines = ["| finding | paper | here: mean [95% interval over seeds] | agrees? |", "|---|---|---|---|"]
     for result in results:
-        for i, row in enumerate(result["contrasts"]):
-            first = f"**{result['finding']}** ({result['source']})", result["claim"]
-            finding, claim = first if i == 0 else ("", "")
-            lines.append(f"| {finding} | {claim} | {row['contrast']}: {show(row['differences'])} | "
-                         f"{row['verdict']} |")
+        row = result["contrasts"][0]
+        lines.append(f"| [{result['finding']}](docs/FINDINGS.md#{result['finding']}) ({result['source']}) | "
+                     f"{result['claim']} | {row['contrast']}: {show(row['differences'])} | {row['verdict']} |")
     return "\n".join(lines)
+
+
+def markdown_section(finding: Finding, result: dict[str, Any]) -> str:
+    """One finding on docs/FINDINGS.md: figure, arms by metrics, all contrasts, and what we make of it."""
+    first = next(iter(result["arms"].values()))["points"][str(result["seeds"][0])][-1]
+    metrics = [metric for metric in finding.shown if metric in first]
+    lines = [f"## {finding.name}", "", f"**{finding.title}** ({finding.source}). The paper: {finding.claim}.",
+             "", f"![{finding.title}](figures/lab/{finding.name}.png)", "",
+             f"| arm | {' | '.join(metrics)} |", "|---|" + "---|" * len(metrics)]
+    lines += [f"| {label} | " + " | ".join(show(values_of(result, label, metric)) for metric in metrics) + " |"
+              for label in result["arms"]]
+    lines += ["", "| the paper says more than 0 | each seed | mean [95% interval] | agrees? |",
+              "|---|---|---|---|"]
+    lines += [f"| {row['contrast']} | {', '.join(f'{value:.3f}' for value in row['differences'])} | "
+              f"{show(row['differences'])} | {row['verdict']} |" for row in result["contrasts"]]
+    why = finding.why and finding.why[0].upper() + finding.why[1:].rstrip(".") + "."
+    return "\n".join([*lines, "", *([why, ""] if why else []),
+                      f"`{result['command']}`, commit {result['commit']}, {result['date']}.", ""])
 
 
 def draw(finding: Finding, result: dict[str, Any], path: Path) -> bool:

@@ -107,12 +107,14 @@ def test_every_finding_judges_and_draws_what_it_measures(finding, tmp_path):
     arms = made_up(finding)
     contrasts = lab.judge(finding, arms, [0, 1, 2])
     result = {"finding": finding.name, "title": finding.title, "source": finding.source, "seeds": [0, 1, 2],
-              "claim": finding.claim, "arms": arms, "contrasts": contrasts}
+              "claim": finding.claim, "command": "run.py", "commit": "abc", "date": "2026-11-22",
+              "arms": arms, "contrasts": contrasts}
     assert all(math.isfinite(x) for row in contrasts for x in row["differences"]) and contrasts
     text = lab.format_result(finding, result)
     assert all(label in text for label in arms) and all(row["contrast"] in text for row in contrasts)
     assert all(metric in text for metric in finding.shown)
-    assert all(row["contrast"] in lab.markdown_table([result]) for row in contrasts)
+    assert contrasts[0]["contrast"] in lab.markdown_table([result])
+    assert all(row["contrast"] in lab.markdown_section(finding, result) for row in contrasts)
     if lab.draw(finding, result, tmp_path / "figure.png"):
         assert (tmp_path / "figure.png").stat().st_size > 5000
 
