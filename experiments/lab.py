@@ -395,8 +395,9 @@ def markdown_table(results: Iterable[dict[str, Any]]) -> str:
     lines = ["| finding | paper | here: mean [95% interval over seeds] | agrees? |", "|---|---|---|---|"]
     for result in results:
         row = result["contrasts"][0]
-        lines.append(f"| [{result['finding']}](docs/FINDINGS.md#{result['finding']}) ({result['source']}) | "
-                     f"{result['claim']} | {row['contrast']}: {show(row['differences'])} | {row['verdict']} |")
+        name = f"[{result['finding']}](docs/FINDINGS.md#{result['finding']}) ({result['source']})"
+        lines.append(f"| {name} | {result['claim']} | {row['contrast']}: {show(row['differences'])} | "
+                     f"{row['verdict']} |")
     return "\n".join(lines)
 
 
@@ -407,8 +408,9 @@ def markdown_section(finding: Finding, result: dict[str, Any]) -> str:
     lines = [f"## {finding.name}", "", f"**{finding.title}** ({finding.source}). The paper: {finding.claim}.",
              "", f"![{finding.title}](figures/lab/{finding.name}.png)", "",
              f"| arm | {' | '.join(metrics)} |", "|---|" + "---|" * len(metrics)]
-    lines += [f"| {label} | " + " | ".join(show(values_of(result, label, metric)) for metric in metrics) + " |"
-              for label in result["arms"]]
+    for label in result["arms"]:
+        cells = (show(values_of(result, label, metric)) for metric in metrics)
+        lines.append(f"| {label} | {' | '.join(cells)} |")
     lines += ["", "| the paper says more than 0 | each seed | mean [95% interval] | agrees? |",
               "|---|---|---|---|"]
     lines += [f"| {row['contrast']} | {', '.join(f'{value:.3f}' for value in row['differences'])} | "
