@@ -23,7 +23,7 @@ from typing import Any
 import neighbours
 import numpy as np
 from findings_context import NTK, STEPS, THETA
-from lab import Arm, Finding, Measured, Point, bars, curve
+from lab import Arm, Finding, Measured, Point, bars, curve, fit_to_dots
 
 import data
 import sft
@@ -88,11 +88,14 @@ def by_share(panels: dict[str, dict[str, Any]]) -> Any:
         arms = list(result["arms"])
         x = [float(label.rstrip("%")) for label in arms]
         for axes, (title, metrics) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+            dots: list[float] = []
             for i, (name, metric) in enumerate(metrics.items()):
                 value = metric if callable(metric) else lambda point, key=metric: point[key]
                 seeds = [[value(result["arms"][label]["points"][str(seed)][-1]) for label in arms]
                          for seed in result["seeds"]]
                 curve(axes, x, seeds, name, i)
+                dots += [value for seed in seeds for value in seed]
+            fit_to_dots(axes, dots)
             axes.set(xlabel="% of tokens in long documents", xticks=x)
             axes.set_title(title, fontsize=9)
             axes.legend(fontsize=7)

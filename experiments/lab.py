@@ -437,6 +437,13 @@ def draw(finding: Finding, result: dict[str, Any], path: Path) -> bool:
     return True
 
 
+def fit_to_dots(axes: Any, values: Sequence[float]) -> None:
+    """Limit an axis to what was measured: intervals over three seeds reach beyond what a score can be."""
+    low, high = min(values), max(values)
+    room = (high - low) / 4
+    axes.set_ylim((-0.03, 1.03) if 0 <= low <= high <= 1 else (low - room, high + room))
+
+
 def curve(axes: Any, x: Sequence[float], seeds: Sequence[Sequence[float]], label: str, i: int) -> None:
     """The i-th curve: the mean over the seeds with intervals, every seed a dot. `seeds` is [seed][x]."""
     x = [place + 0.012 * i * (x[-1] - x[0]) for place in x]  # aside, so that dots don't hide each other
@@ -496,7 +503,8 @@ def bars(metrics: Sequence[str]) -> Painter:
                 error = None if low is None or high is None else [[mean - low], [high - mean]]
                 axes.bar(i, mean, color=f"C{i}", alpha=0.5, yerr=error, capsize=3)
                 axes.plot([i] * len(values), values, ".", color="black", markersize=4)
-            axes.set_title(metric, fontsize=9)
+            axes.set_ylim(0, 1.15 * max(max(values_of(result, label, metric)) for label in labels) or 1)
+            axes.set_title(metric, fontsize=8)
             axes.set_xticks(range(len(labels)), labels, rotation=30, ha="right", fontsize=8)
 
     return paint
