@@ -392,12 +392,14 @@ def format_result(finding: Finding, result: dict[str, Any]) -> str:
 
 def markdown_table(results: Iterable[dict[str, Any]]) -> str:
     """The README's: a row for each finding, the paper's direction beside the first of its contrasts."""
-    lines = ["| finding | paper | here: mean [95% interval over seeds] | agrees? |", "|---|---|---|---|"]
+    lines = ["| finding | paper | here: mean [95% interval over seeds] | seeds with the paper | agrees? |",
+             "|---|---|---|---|---|"]
     for result in results:
         row = result["contrasts"][0]
+        seeds = f"{sum(value > 0 for value in row['differences'])} of {len(row['differences'])}"
         name = f"[{result['finding']}](docs/FINDINGS.md#{result['finding']}) ({result['source']})"
         lines.append(f"| {name} | {result['claim']} | {row['contrast']}: {show(row['differences'])} | "
-                     f"{row['verdict']} |")
+                     f"{seeds} | {row['verdict']} |")
     return "\n".join(lines)
 
 
