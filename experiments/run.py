@@ -49,7 +49,7 @@ Each was made by one command with three seeds, by models of 140,000 parameters, 
 and `icl` are stands in the README above its first table. Arms are compared within a seed, and intervals are
 Student's over the seeds. *Agree*: the whole interval lies where the paper says. *Disagree*: it lies on the
 other side. *Not told apart*: zero is inside. With three seeds only large effects are told apart.
-Written by `python experiments/run.py --page > docs/FINDINGS.md`.
+This page is what `python experiments/run.py --page` prints.
 """
 
 

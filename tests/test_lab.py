@@ -119,6 +119,17 @@ def test_every_finding_judges_and_draws_what_it_measures(finding, tmp_path):
         assert (tmp_path / "figure.png").stat().st_size > 5000
 
 
+def test_the_tables_in_the_documents_are_what_the_results_say(capsys):
+    """README's table and docs/FINDINGS.md, word by word, from docs/figures/lab; all with three seeds."""
+    run.main(["--table"])
+    assert capsys.readouterr().out.strip() in (ROOT / "README.md").read_text()
+    run.main(["--page"])
+    assert capsys.readouterr().out.strip() == (ROOT / "docs" / "FINDINGS.md").read_text().strip()
+    results = [json.loads(path.read_text()) for path in (ROOT / "docs" / "figures" / "lab").glob("*.json")]
+    assert len(results) >= 8 and all(len(r["seeds"]) >= 3 and not r["quick"] for r in results)
+    assert {r["finding"] for r in results} <= run.FINDINGS.keys()
+
+
 def test_verdicts_follow_from_paired_differences():
     """Student's interval for 1, 2, 3: 2 +- 4.303 / sqrt(3). All on one side of 0 is a verdict, else none."""
     mean, low, high = lab.mean_interval([1.0, 2.0, 3.0])

@@ -26,7 +26,8 @@ from model import Levers, flops_per_step, preset_config
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
 README = (ROOT / "README.md").read_text()
-DOCS = {name: (ROOT / name).read_text() for name in ("README.md", "docs/USE.md", "docs/MEASURED.md")}
+DOCS = {name: (ROOT / name).read_text() for name in ("README.md", "docs/USE.md", "docs/MEASURED.md",
+                                                "docs/FINDINGS.md")}
 
 
 def commands_of(text: str) -> list[str]:
