@@ -60,6 +60,9 @@ theta_zero_shot = Finding(
      "bits per byte of short code, twice NTK less x1":
          lambda a: a["twice NTK"][-1]["bits/byte short"] - a["x1"][-1]["bits/byte short"]},
     by_length("256,512,1k,2k,4k,8k", {"recall": ("recall", None), "icl": ("icl", None)}),
+    why="the cost is there in the mean and grows with the base, mostly in bare lists, which the start learnt "
+        "at the shortest lengths of all. What the paper does not promise: at 8K the base alone does nearly "
+        "all that training with it does in 40 steps (rope-base)",
     lengths="256,512,1k,2k,4k,8k", shown=("recall_bare@160", "recall@256", "recall@2k", "recall@8k",
                                           "bits/byte short"))
 
@@ -163,7 +166,10 @@ needle_first = Finding(
      "what ICL gains at 4K after that": lambda a: _later_gain(a, "icl@4k"),
      "4 pairs less 32 pairs at 4K, mean of the checkpoints":
          lambda a: sum(p["few@4k"] - p["many@4k"] for p in a["2K -> 8K"]) / len(a["2K -> 8K"])},
-    by_step(("few@4k", "recall@4k", "many@4k", "icl@4k")), **_ALONG,  # type: ignore[arg-type]
+    by_step(("few@4k", "recall@4k", "many@4k", "icl@4k")),
+    why="a needle in plain letters is beyond a model of this size; few pairs stand for it. The start finds "
+        "70 to 90% of 4 pairs at twice its length, and 22 to 52% of 32: most is learnt in eight steps",
+    **_ALONG,  # type: ignore[arg-type]
     shown=("few@4k", "recall@4k", "many@4k", "icl@4k"))
 
 
@@ -186,7 +192,10 @@ short_dips = Finding(
          lambda a: a["2K -> 8K"][1]["bits/byte short"] - a["2K -> 8K"][0]["bits/byte short"],
      "bits per byte of short code, first checkpoint less end":
          lambda a: a["2K -> 8K"][1]["bits/byte short"] - a["2K -> 8K"][-1]["bits/byte short"]},
-    by_step(("recall@256", "icl@256", "recall@4k")), **_ALONG,  # type: ignore[arg-type]
+    by_step(("recall@256", "icl@256", "recall@4k")),
+    why="the first checkpoint is after 8 of 40 steps. Recall falls there in all seeds and comes back to "
+        "within 0.05 of the start; bits per byte move more by chance than by either",
+    **_ALONG,  # type: ignore[arg-type]
     shown=("recall@256", "icl@256", "recall@4k", "bits/byte short"))
 
 # --- Reordering -----------------------------------------------------------------------------------------
