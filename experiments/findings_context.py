@@ -123,14 +123,16 @@ document_masks = Finding(
     "masks are better on average over long tasks, and at short ones; though not for recall and ICL (97.4 and "
     "76.6 without, 96.0 and 73.9 with)",
     {"masks": TWICE_NTK, "no masks": extend(2 * NTK, transform=without_masks)},
-    {"recall and ICL at 8K, masks less none":
-         lambda a: _mean(a["masks"], "recall@8k", "icl@8k") - _mean(a["no masks"], "recall@8k", "icl@8k"),
+    {"recall and ICL at 8K, none less masks":
+         lambda a: _mean(a["no masks"], "recall@8k", "icl@8k") - _mean(a["masks"], "recall@8k", "icl@8k"),
      "recall and ICL at 256, masks less none":
          lambda a: _mean(a["masks"], "recall@256", "icl@256") - _mean(a["no masks"], "recall@256", "icl@256"),
      "bits per byte of short code, none less masks":
          lambda a: a["no masks"][-1]["bits/byte short"] - a["masks"][-1]["bits/byte short"]},
-    bars(("recall@256", "recall@8k", "icl@8k", "bits/byte short")), lengths=LENGTHS,
-    shown=("recall@256", "icl@256", "recall@8k", "icl@8k", "bits/byte short"))
+    bars(("recall@256", "recall@8k", "icl@8k", "bits/byte short")),
+    why="the lab asks for recall and ICL alone, the two tasks that the paper's masks do not help; they do "
+        "not help here either. Re-ranking, where masks gain most, is beyond a model of this size",
+    lengths=LENGTHS, shown=("recall@256", "icl@256", "recall@8k", "icl@8k", "bits/byte short"))
 
 
 def _mean(points: list[dict[str, float]], *metrics: str) -> float:
