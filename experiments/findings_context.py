@@ -93,6 +93,9 @@ position_methods = Finding(
          lambda a: _spread(a, "") - _spread(a, ", trained")},
     by_length(LENGTHS, {"without training": ("recall", list(_ROPES)),
                         "after 20 steps at 8K": ("recall", [f"{name}, trained" for name in _ROPES])}),
+    why="linear interpolation squeezes the fast pairs too, which here must tell a symbol from its neighbour: "
+        "it recalls nothing, and 20 steps don't mend it, so the spread with training is its own. Weights "
+        "alone are taken over, not Adam's moments: these arms compare with each other, not with rope-base's",
     tasks="recall", lengths=LENGTHS)
 
 
