@@ -263,12 +263,14 @@ def test_ctrl_c_says_where_to_go_on(tmp_path, during, capsys):
     for every, words in ((2, f"interrupted; go on with --resume {tmp_path}"), (None, "has no checkpoint")):
         during(4, lambda: os.kill(os.getpid(), signal.SIGINT))
         folder = tmp_path / str(every)
+        # As in a terminal: a shell that started the tests in the background had SIGINT ignored.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             with pytest.raises(SystemExit) as ended:
                 train.end_in_one_line("train.py", lambda f=folder, n=every: run(f, save_every=n))
             assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
         finally:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, before)
         error = capsys.readouterr().err
         assert ended.value.code == 130 and words in error and error.count("\n") == 1
     assert train.newest_checkpoint(tmp_path / "2", model_module.init_parallel())[1]["step"] == 2
