@@ -1,6 +1,6 @@
 """Run the tiny recipe for several seeds: does `python train.py` keep its promises, and by how much?
 
-    python experiments/tiny_seeds.py                 seeds 0, 1, 2; about ten minutes each on two cores
+    python experiments/tiny_seeds.py                 seeds 0, 1, 2; eight minutes each on two cores
 
 Writes docs/figures/tiny_seeds.json (every score of every seed, seconds, memory), docs/figures/tiny_seeds.png
 (mean recall by length after each stage, with every seed's points) and prints the table for docs/LOG.md. The
