@@ -188,19 +188,20 @@ def bare_recall_examples(tokenizer: Tokenizer, length: int, n: int, questions: i
     return _ask_for_each(tokenizer, np.random.default_rng((seed, length, n)), blanks)
 
 
-def _room(tokenizer: Tokenizer, length: int) -> int:
+def _room(tokenizer: Tokenizer, length: int, n_pairs: int = data.N_PAIRS) -> int:
     """Tokens of haystack in a context: without begin of text, the pairs, one question and its answer."""
     if not is_tiny(tokenizer):
         raise ValueError(f"recall is written in special tokens of the tokenizer 'bytes', not of "
                          f"{tokenizer.spec!r}; choose --tasks text")
-    room = length - 1 - (data.N_PAIRS + 1) * data.PAIR_LEN
+    room = length - 1 - (n_pairs + 1) * data.PAIR_LEN
     if room < 0:
-        raise ValueError(f"recall of {data.N_PAIRS} pairs needs {length - room} tokens, got {length}")
+        raise ValueError(f"recall of {n_pairs} pairs needs {length - room} tokens, got {length}")
     return room
 
 
-def _ask_for_each(tokenizer: Tokenizer, rng: np.random.Generator, haystack: np.ndarray) -> list[Example]:
-    pairs = data.recall_pairs(rng, len(haystack), data.N_PAIRS)
+def _ask_for_each(tokenizer: Tokenizer, rng: np.random.Generator, haystack: np.ndarray,
+                  n_pairs: int = data.N_PAIRS) -> list[Example]:
+    pairs = data.recall_pairs(rng, len(haystack), n_pairs)
     rows, starts = data.scatter_pairs(rng, pairs, haystack)
     chance = len(data.SYMBOLS) ** -data.VALUE_LEN
     return [Example(np.concatenate(([tokenizer.bos_id], row)), tuple(

@@ -344,7 +344,10 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seql
 
 
 class _CpuBfloat16(torch.autograd.Function):
-    """The kernel that PyTorch takes on a CPU. Its backward is a third faster, and truer, in float32."""
+    """The kernel that PyTorch takes on a CPU. Its backward is a third faster, and truer, in float32.
+
+    q (count, H, length, D), k and v (count, H_kv, length, D), causal -> (count, H, length, D).
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -30,18 +30,9 @@ def scattered_pairs(n_pairs: int, tokenizer: data.Tokenizer, length: int, n: int
                     seed: int) -> list[evaluation.Example]:
     """`recall` with another number of pairs: contexts of held-out code, and a question about every pair."""
     rng = np.random.default_rng((seed, length, n, n_pairs))
-    room = length - 1 - (n_pairs + 1) * data.PAIR_LEN
-    if room < 0:
-        raise ValueError(f"{n_pairs} pairs need {length - room} tokens, got {length}; choose a longer one")
+    room = evaluation._room(tokenizer, length, n_pairs)
     haystack = data.haystack_windows(tokenizer, rng, n, room, seed, held_out=True)
-    pairs = data.recall_pairs(rng, n, n_pairs)
-    rows, starts = data.scatter_pairs(rng, pairs, haystack)
-    chance = len(data.SYMBOLS) ** -data.VALUE_LEN
-    return [evaluation.Example(np.concatenate(([tokenizer.bos_id], row)), tuple(
-        evaluation.Question(np.array([data.QUESTION, pair[0]]), (tokenizer.decode(pair[1:]),),
-                            float(start / len(row)), chance)
-        for pair, start in zip(row_pairs, row_starts, strict=True)), data.VALUE_LEN)
-        for row, row_pairs, row_starts in zip(rows, pairs, starts, strict=True)]
+    return evaluation._ask_for_each(tokenizer, rng, haystack, n_pairs)
 
 
 @cache
