@@ -15,14 +15,14 @@ per byte of short documents, where the paper has HellaSwag and MMLU.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import neighbours
 import numpy as np
-from findings_context import NTK, STEPS, THETA
+from findings_context import NTK, STEPS, THETA, TWICE_NTK
 from lab import Arm, Finding, Measured, Point, bars, curve, fit_to_dots
 
 import data
@@ -232,8 +232,9 @@ SFT_STEPS, SFT_EVAL = 60, "experiments/tasks.py"
 SFT_TASKS, SFT_LENGTHS = "chat_value,chat_label,recall,icl", "256,2k"
 
 
-def fine_tune(options: str = "", program: str = "experiments/neighbours.py sft") -> Arm:
-    return Arm(f"{program} --seq 2k --batch-tokens 16k {options}".strip(), SFT_STEPS)
+def fine_tune(options: str = "", start: str | Arm = "long") -> Arm:
+    command = f"experiments/neighbours.py sft --seq 2k --batch-tokens 16k {options}"
+    return Arm(command.strip(), SFT_STEPS, start)
 
 
 def chat(point: Point) -> float:
@@ -315,4 +316,30 @@ sft_synthetic = Finding(
     tasks=SFT_TASKS, lengths=SFT_LENGTHS, samples=200, evaluator=SFT_EVAL,
     shown=("chat_value@1k", "chat_label@1k", "recall@256", "recall@2k"))
 
-FINDINGS = [long_share_finding, perplexity_misleads, long_source, ways, sft_weights, sft_loss, sft_synthetic]
+BRIEF = Arm(TWICE_NTK.command, steps=8)
+
+
+def gain(point: str) -> Callable[[Measured], float]:
+    """What the full training has over the brief one at `point`, after fine-tuning less before."""
+    def contrast(arms: Measured) -> float:
+        before, after = (arms[f"{STEPS} steps{sft}"][-1][point] - arms[f"8 steps{sft}"][-1][point]
+                         for sft in ("", ", SFT"))
+        return after - before
+    return contrast
+
+
+before_after_sft = Finding(
+    "before-after-sft", "Asked before fine-tuning, and after it", "Figure 2",
+    "what more long training gains shows in some tasks (RAG, re-ranking) only after fine-tuning",
+    {"8 steps": BRIEF, f"{STEPS} steps": TWICE_NTK, "8 steps, SFT": fine_tune(start=BRIEF),
+     f"{STEPS} steps, SFT": fine_tune(start=TWICE_NTK)},
+    {f"questions in chat, {STEPS} steps: after less before":
+         lambda a: chat(a[f"{STEPS} steps, SFT"][-1]) - chat(a[f"{STEPS} steps"][-1]),
+     f"recall at 8K, gain of {STEPS} steps over 8: after less before": gain("recall@8k"),
+     f"ICL at 8K, gain of {STEPS} steps over 8: after less before": gain("icl@8k")},
+    bars(("recall@8k", "icl@8k", "chat_value@1k", "chat_label@1k")),
+    tasks=SFT_TASKS, lengths="256,8k", samples=200, evaluator=SFT_EVAL,
+    shown=("recall@8k", "icl@8k", "chat_value@1k", "chat_label@1k"))
+
+FINDINGS = [long_share_finding, perplexity_misleads, long_source, ways, sft_weights, sft_loss, sft_synthetic,
+            before_after_sft]
