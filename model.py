@@ -43,7 +43,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -585,6 +585,24 @@ def layout_pack(doc_lens: Sequence[int], n_tokens: int, device: torch.device,
                       to_device(torch.from_numpy(cu_seqlens), device), int(lens.max()), group)
 
 
+CPU_SPAN_BYTES = 4 * 2**20  # of hidden states
+
+
+def cut_pack(cu_seqlens: Tensor, most: int) -> list[Tensor]:
+    """Cut between documents into spans of at most `most` tokens, or one longer document: cu_seqlens of each.
+
+    A CPU works through a pack span by span. Large pieces of memory go back to the system when they are freed,
+    and each page of them costs a fault when it is asked for again: 40% of a step of 64K tokens was that.
+
+        [0, 3, 5, 9, 17, 19], most 6  ->  [0, 3, 5] [0, 4] [0, 8] [0, 2]
+    """
+    ends, cuts = cu_seqlens.tolist(), [0]
+    for i in range(1, len(ends)):
+        if ends[i] - ends[cuts[-1]] > most and cuts[-1] < i - 1:
+            cuts.append(i - 1)
+    return [cu_seqlens[a:b + 1] - cu_seqlens[a] for a, b in pairwise([*cuts, len(ends) - 1])]
+
+
 def to_device(x: Tensor, device: torch.device) -> Tensor:
     """Copy from the host without waiting for the GPU's queue, which unpinned memory would do."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
@@ -685,6 +703,7 @@ class HostOffload:
 # Modules carry Hugging Face's names, so that a checkpoint needs no translation table.
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q, k, v) -> (T, H, D)
+Span = tuple[int, Attend]  # so many tokens attend among themselves
 
 
 class RMSNorm(nn.RMSNorm):
@@ -708,12 +727,12 @@ class _NormRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
-        unit = x.to(scale.dtype) * scale
+        unit, grad = x.to(scale.dtype) * scale, grad.to(scale.dtype)
         along = grad * unit
         weight_grad = along.flatten(0, -2).sum(0).to(weight.dtype)  # (T, C) -> (C,)
         # What goes along x is lost: the row's length does not matter to its unit vector.
-        along = (along * weight).mean(-1, keepdim=True)  # (T, 1)
-        x_grad = (grad * weight).to(scale.dtype).addcmul_(unit, along, value=-1).mul_(scale)
+        along = (along @ weight.to(scale.dtype) / x.shape[-1]).unsqueeze(-1)  # (T, C) @ (C,) -> (T, 1)
+        x_grad = (grad * weight).sub_(unit.mul_(along)).mul_(scale)
         return x_grad.to(x.dtype), weight_grad, None
 
 
@@ -768,10 +787,14 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.dim, eps=config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        if self.levers.activations == "keep":
-            return self.compute(x, rope, attend)
-        return _recomputed(self.compute, x, rope, attend)
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], spans: Sequence[Span]) -> Tensor:
+        """x (T, C) -> (T, C), one span after the other (`cut_pack` says why there are several)."""
+        compute = self.compute if self.levers.activations == "keep" else partial(_recomputed, self.compute)
+        if len(spans) == 1:
+            return compute(x, rope, spans[0][1])
+        lens = [length for length, _ in spans]
+        parts = zip(x.split(lens), rope[0].split(lens), rope[1].split(lens), spans, strict=True)
+        return torch.cat([compute(x, (cos, sin), attend) for x, cos, sin, (_, attend) in parts])  # -> (T, C)
 
     def compute(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         out = attend(self.layer, *self.before_attention(x, rope))  # (T, H, D)
@@ -840,13 +863,13 @@ class Transformer(nn.Module):
         """Move to another context: a stage of the curriculum changes theta, not a single weight."""
         self.config = replace(self.config, rope_theta=rope_theta, max_seq_len=max_seq_len)
 
-    def run_layers(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def run_layers(self, input_ids: Tensor, positions: Tensor, spans: Sequence[Span]) -> Tensor:
         """Embed (T,) and pass through all blocks and the last norm -> (T, C)."""
         x = self.embed_tokens(input_ids)  # (T,) -> (T, C)
         rope = rope_cos_sin(self.config, positions, x.dtype)
         with self.offload.saving() if self.offload and torch.is_grad_enabled() else nullcontext():
             for block in self.layers:
-                x = block(x, rope, attend)
+                x = block(x, rope, spans)
         return self.norm(x)
 
     def forward(self, input_ids: Tensor, doc_lens: Sequence[int],
@@ -854,13 +877,16 @@ class Transformer(nn.Module):
         """Hidden states (T, C) of this rank's T tokens; `doc_lens` is of the whole sequence."""
         pack = layout_pack(doc_lens, len(input_ids), input_ids.device, parallel)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attend(cu_seqlens: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if pack.group is not None:
-                return ulysses_attention(q, k, v, pack.cu_seqlens, pack.max_seqlen, pack.group,
-                                         self.backend)
-            return document_attention(q, k, v, pack.cu_seqlens, pack.max_seqlen, self.backend)
+                return ulysses_attention(q, k, v, cu_seqlens, pack.max_seqlen, pack.group, self.backend)
+            return document_attention(q, k, v, cu_seqlens, pack.max_seqlen, self.backend)
 
-        return self.run_layers(input_ids, pack.positions, attend)
+        spans = [(len(input_ids), partial(attend, pack.cu_seqlens))]
+        most = CPU_SPAN_BYTES // (self.config.dim * self.embed_tokens.weight.element_size())
+        if input_ids.device.type == "cpu" and pack.group is None and len(input_ids) > most:
+            spans = [(int(cut[-1]), partial(attend, cut)) for cut in cut_pack(pack.cu_seqlens, most)]
+        return self.run_layers(input_ids, pack.positions, spans)
 
     def logits(self, input_ids: Tensor, doc_lens: Sequence[int],
                parallel: Parallel | None = None) -> Tensor:
@@ -1063,7 +1089,7 @@ def _read(model: Transformer, ids: Tensor, row: Tensor, caches: Sequence[KVCache
                  for slots, part, first, mask in plan]
         return _all_heads(parts[0] if len(parts) == 1 else torch.cat(parts), parallel)  # (t, H, D)
 
-    return model.run_layers(ids.to(device), torch.cat(positions).to(device), attend)
+    return model.run_layers(ids.to(device), torch.cat(positions).to(device), [(len(ids), attend)])
 
 
 def _my_heads(q: Tensor, k: Tensor, v: Tensor, parallel: Parallel | None) -> tuple[Tensor, Tensor, Tensor]:

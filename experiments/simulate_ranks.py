@@ -23,6 +23,7 @@ from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -80,6 +81,7 @@ def simulate(config: SimulateConfig, **changes: Any) -> dict[str, Any]:
                 cu_seqlens = SimpleNamespace(tolist=lambda: [0, *accumulate(doc_lens)])
                 BACKENDS["shapes"] = lambda q, k, v, _, longest: attention_sdpa(q, k, v, cu_seqlens, longest)
                 model.backend = "shapes"
+                stack.enter_context(patch("model.CPU_SPAN_BYTES", sys.maxsize))  # it stands for a GPU
             model = shard_model(model, parallel, torch.bfloat16)
             optimizer = make_optimizer(model, 0.1)
             ids = torch.zeros(config.seq // config.world_size, dtype=torch.long, device=device)

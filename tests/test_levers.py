@@ -4,11 +4,22 @@ Gradients are compared in float64, to 1e-12 of their norm. Memory is counted, no
 tensors while one forward and backward run.
 """
 
+from itertools import accumulate
+
 import pytest
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from model import IGNORE_INDEX, HostOffload, Levers, ModelConfig, RMSNorm, Transformer, apply_rope
+from model import (
+    IGNORE_INDEX,
+    HostOffload,
+    Levers,
+    ModelConfig,
+    RMSNorm,
+    Transformer,
+    apply_rope,
+    cut_pack,
+)
 
 CONFIG = ModelConfig(vocab_size=61, dim=24, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=6, ffn_dim=40,
                      max_seq_len=64)
@@ -50,6 +61,25 @@ def test_levers_change_no_number(name, labels_kept):
     """With labels in a single chunk, the others have nothing to add: exactly 0, not NaN."""
     assert_same(loss_and_gradients(LEVERS[name], labels_kept),
                 loss_and_gradients(Levers(loss_chunk_tokens=0), labels_kept))
+
+
+@pytest.mark.parametrize("most", [1, 10, 27, 62])
+@pytest.mark.parametrize("name", ["recompute", "all"])
+def test_spans_of_documents_change_no_number(monkeypatch, name, most):
+    """Documents of 5, 17, 1, 9, 9, 22 tokens: spans of one each, some of several, the last alone."""
+    whole = loss_and_gradients(Levers(loss_chunk_tokens=0))
+    monkeypatch.setattr("model.CPU_SPAN_BYTES", most * CONFIG.dim * 8)  # float64
+    assert_same(loss_and_gradients(Levers()), whole)
+    assert_same(loss_and_gradients(LEVERS[name]), whole)
+
+
+@pytest.mark.parametrize("most, wanted", [(1, (1,) * 6), (10, (1, 1, 2, 1, 1)), (23, (3, 2, 1)), (63, (6,))])
+def test_a_pack_is_cut_between_documents(most, wanted):
+    cu_seqlens = torch.tensor([0, *accumulate(DOC_LENS)], dtype=torch.int32)
+    cuts = cut_pack(cu_seqlens, most)
+    assert tuple(len(cut) - 1 for cut in cuts) == wanted
+    assert torch.cat([cut.diff() for cut in cuts]).tolist() == list(DOC_LENS)
+    assert all(cut[0] == 0 and cut.dtype == cu_seqlens.dtype for cut in cuts)
 
 
 @pytest.mark.slow

@@ -443,8 +443,8 @@ def test_a_bfloat16_model_knows_far_positions():
     model, ids = random_model(torch.bfloat16), random_ids(40)
 
     def hidden(positions):
-        return model.run_layers(ids, positions, lambda layer, q, k, v: m.document_attention(
-            q, k, v, boundaries((40,)), 40)).float()
+        return model.run_layers(ids, positions, [(40, lambda layer, q, k, v: m.document_attention(
+            q, k, v, boundaries((40,)), 40))]).float()
 
     positions = torch.arange(40)
     far = hidden(positions + 15_962)
