@@ -372,7 +372,7 @@ def values_of(result: dict[str, Any], label: str, metric: str, i: int = -1) -> l
 
 def show(values: Sequence[float]) -> str:
     mean, low, high = mean_interval(values)
-    return f"{mean:.3f}" if low is None else f"{mean:.3f} [{low:.2f}, {high:.2f}]"
+    return f"{mean:z.3f}" if low is None else f"{mean:z.3f} [{low:z.2f}, {high:z.2f}]"
 
 
 def format_result(finding: Finding, result: dict[str, Any]) -> str:
@@ -415,7 +415,7 @@ def markdown_section(finding: Finding, result: dict[str, Any]) -> str:
         lines.append(f"| {label} | {' | '.join(cells)} |")
     lines += ["", "| the paper says more than 0 | each seed | mean [95% interval] | agrees? |",
               "|---|---|---|---|"]
-    lines += [f"| {row['contrast']} | {', '.join(f'{value:.3f}' for value in row['differences'])} | "
+    lines += [f"| {row['contrast']} | {', '.join(f'{value:z.3f}' for value in row['differences'])} | "
               f"{show(row['differences'])} | {row['verdict']} |" for row in result["contrasts"]]
     why = finding.why and finding.why[0].upper() + finding.why[1:].rstrip(".") + "."
     return "\n".join([*lines, "", *([why, ""] if why else []),
