@@ -990,8 +990,8 @@ class _Slots:
             self.owner = F.pad(self.owner.to(device), (0, self.capacity - len(self.owner)))
         count = torch.tensor([n for _, n in readers], device=device)
         self.owner[begin:end] = _each([cache.branch for cache, _ in readers], count)
-        if self.branches == 1 and (new == 1 or begin == 0):
-            return begin, None  # one query sees everything; and from the start, `is_causal` will do
+        if self.branches == 1 and (new == 1 or begin == 0 or device.type == "cpu"):
+            return begin, None  # one query sees everything; from the start, and on a CPU, no mask is needed
         if self.branches == 1 and device.type == "cuda":
             from torch.nn.attention.bias import causal_lower_right  # `is_causal` would align the first tokens
 
@@ -1012,10 +1012,31 @@ class _Slots:
                 grown[:, :, :begin] = kv[:, :, :begin]
             self.layers[layer] = kv = grown
         kv[0, :, begin:end], kv[1, :, begin:end] = k.transpose(0, 1), v.transpose(0, 1)
-        out = F.scaled_dot_product_attention(  # 4-D: see attention_sdpa
-            q.transpose(0, 1)[None], kv[0, None, :, :end], kv[1, None, :, :end], attn_mask=mask,
-            is_causal=mask is None and len(q) > 1, enable_gqa=q.shape[1] != k.shape[1])
+        q, k, v = q.transpose(0, 1)[None], kv[:1, :, :end], kv[1:, :, :end]  # 4-D: see attention_sdpa
+        if mask is None and begin and q.device.type == "cpu":
+            out = _past_and_own(q, k, v, begin)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and begin == 0,
+                                                 enable_gqa=q.shape[1] != k.shape[1])
         return out[0].transpose(0, 1)  # (1, H, L, D) -> (L, H, D)
+
+
+def _past_and_own(q: Tensor, k: Tensor, v: Tensor, begin: int) -> Tensor:
+    """q (1, H, L, D) sees the first `begin` keys (1, H_kv, begin + L, D), and causally its own. For CPUs.
+
+    Two calls, where one would need a mask of L x (begin + L) numbers. Each part's weights add up to 1;
+    what share of the whole a part has, its log-sum-exp tells.
+    """
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    groups = q.shape[1] // k.shape[1]
+    rows = q.unflatten(1, (-1, groups)).flatten(2, 3)  # -> (1, H_kv, groups * L, D): the past is not copied
+    if q.shape[2] == 1:
+        return flash(rows, k, v)[0].reshape(q.shape)  # the last token sees all keys
+    past, past_sum = flash(rows, k[:, :, :begin], v[:, :, :begin])
+    own_k, own_v = (x[:, :, begin:].repeat_interleave(groups, dim=1) for x in (k, v))  # (1, H, L, D)
+    own, own_sum = flash(q, own_k, own_v, is_causal=True)
+    share = (past_sum.reshape(own_sum.shape) - own_sum).sigmoid().unsqueeze(-1)  # (1, H, L, 1)
+    return own.to(share.dtype).lerp(past.reshape(q.shape).to(share.dtype), share).to(q.dtype)
 
 
 def _each(values: Sequence[int], count: Tensor) -> Tensor:
