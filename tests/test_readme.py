@@ -96,6 +96,41 @@ def test_small_data_commands_run(tmp_path):
     assert ran >= 2
 
 
+SMALLER = {  # what makes a command of "Use it" short; all else stays as it is written
+    "--nproc-per-node 8": "--nproc-per-node 2",
+    "train.py --steps 20": "train.py --steps 2 --no-eval",
+    "--data packs/64k": "--data packs/64k --mix code_repos-64k=1 --seq 64k --batch-tokens 4k --steps 1 --no-eval",
+    "--tasks text --lengths 8k,32k,64k": "--tasks text --lengths 4k --samples 2",
+    "sft.py --init runs/tiny": "sft.py --init runs/tiny --steps 2 --no-eval",
+    "code_repos-64k": "code_repos-2k",
+    "--seq 64k": "--seq 2k",
+    "ultra-100": "ultra-2",
+    "DIR": "exported",
+}
+
+
+def test_the_commands_of_use_it_run_one_after_another(tmp_path):
+    """In an empty folder: two ranks train; resumed, fine-tuned, talked to, exported; text packed, the export trained."""
+    commands = sorted((c for c in commands_of(section("Use it")) if ".py " in c and "--" in c),
+                      key=lambda c: "DIR" in c)  # their DIR is the export, which the last of the others makes
+    (tmp_path / "SRC" / "repo").mkdir(parents=True)
+    for name in ("data.py", "model.py", "train.py"):
+        (tmp_path / "SRC" / "repo" / name).write_text((ROOT / name).read_text())
+    changed = set()
+    for command in commands:
+        for long, short in SMALLER.items():
+            if long in command:
+                command = command.replace(long, short)
+                changed.add(long)
+        launcher, *words = shlex.split(command, comments=True)
+        words = [str(ROOT / word) if word.endswith(".py") else word for word in words]
+        start = [sys.executable] + ["-m", "torch.distributed.run"] * (launcher == "torchrun")
+        done = subprocess.run([*start, *words], cwd=tmp_path, capture_output=True, text=True, input="hi\n")
+        assert done.returncode == 0, (command, done.stdout[-2000:], done.stderr[-4000:])
+    assert len(commands) == 9 and changed == set(SMALLER)
+    assert (tmp_path / "runs/tiny/checkpoints/ultra-2/model.safetensors").exists()
+
+
 PARSERS = {"data.py tokenize": data.TokenizeConfig, "data.py pack": data.PackConfig,
            "eval.py": evaluation.EvalConfig, "sft.py": sft.SftConfig}
 
