@@ -585,7 +585,7 @@ def layout_pack(doc_lens: Sequence[int], n_tokens: int, device: torch.device,
                       to_device(torch.from_numpy(cu_seqlens), device), int(lens.max()), group)
 
 
-CPU_SPAN_BYTES = 4 * 2**20  # of hidden states
+CPU_SPAN_BYTES = 4 * 2**20  # of hidden states; 2 to 8 MiB measured alike (docs/LOG.md)
 
 
 def cut_pack(cu_seqlens: Tensor, most: int) -> list[Tensor]:
@@ -703,7 +703,7 @@ class HostOffload:
 # Modules carry Hugging Face's names, so that a checkpoint needs no translation table.
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q, k, v) -> (T, H, D)
-Span = tuple[int, Attend]  # so many tokens attend among themselves
+Span = tuple[int, Attend]  # how many tokens, and how they attend
 
 
 class RMSNorm(nn.RMSNorm):
@@ -789,17 +789,19 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], spans: Sequence[Span]) -> Tensor:
         """x (T, C) -> (T, C), one span after the other (`cut_pack` says why there are several)."""
-        compute = self.compute if self.levers.activations == "keep" else partial(_recomputed, self.compute)
+        tile = self.levers.mlp_tile_tokens
+        compute = partial(self.compute, tile if tile < len(x) else 0)
+        if self.levers.activations != "keep":
+            compute = partial(_recomputed, compute)
         if len(spans) == 1:
             return compute(x, rope, spans[0][1])
         lens = [length for length, _ in spans]
         parts = zip(x.split(lens), rope[0].split(lens), rope[1].split(lens), spans, strict=True)
         return torch.cat([compute(x, (cos, sin), attend) for x, cos, sin, (_, attend) in parts])  # -> (T, C)
 
-    def compute(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def compute(self, tile: int, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         out = attend(self.layer, *self.before_attention(x, rope))  # (T, H, D)
-        tile = self.levers.mlp_tile_tokens
-        if not 0 < tile < len(x):
+        if not tile:
             return self.after_attention(x, out)
         return torch.cat([_recomputed(self.after_attention, *part)  # (tile, C) and (tile, H, D)
                           for part in zip(x.split(tile), out.split(tile), strict=True)])
@@ -854,7 +856,7 @@ class Transformer(nn.Module):
             block.levers = levers
 
     def compile_blocks(self) -> None:
-        """Compile each block's two token-wise halves, once for all numbers of tokens."""
+        """Compile each block's two token-wise halves; other numbers of tokens compile nothing anew."""
         for block in self.layers:
             for half in ("before_attention", "after_attention"):
                 setattr(block, half, torch.compile(getattr(block, half), dynamic=True))
@@ -1024,8 +1026,9 @@ class _Slots:
 def _past_and_own(q: Tensor, k: Tensor, v: Tensor, begin: int) -> Tensor:
     """q (1, H, L, D) sees the first `begin` keys (1, H_kv, begin + L, D), and causally its own. For CPUs.
 
-    Two calls, where one would need a mask of L x (begin + L) numbers. Each part's weights add up to 1;
-    what share of the whole a part has, its log-sum-exp tells.
+    Two calls, where one would need a mask of L x (begin + L) numbers. In each, the weights add up to 1, but
+    of the whole the past should have only the share exp(past) / (exp(past) + exp(own)), which is
+    sigmoid(past - own), `past` and `own` being the log-sum-exps of the two parts' scores.
     """
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     groups = q.shape[1] // k.shape[1]

@@ -12,6 +12,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from model import (
     IGNORE_INDEX,
+    Block,
     HostOffload,
     Levers,
     ModelConfig,
@@ -68,9 +69,23 @@ def test_levers_change_no_number(name, labels_kept):
 def test_spans_of_documents_change_no_number(monkeypatch, name, most):
     """Documents of 5, 17, 1, 9, 9, 22 tokens: spans of one each, some of several, the last alone."""
     whole = loss_and_gradients(Levers(loss_chunk_tokens=0))
-    monkeypatch.setattr("model.CPU_SPAN_BYTES", most * CONFIG.dim * 8)  # float64
+    cut_into_spans(monkeypatch, most)
     assert_same(loss_and_gradients(Levers()), whole)
     assert_same(loss_and_gradients(LEVERS[name]), whole)
+
+
+def cut_into_spans(monkeypatch, most):
+    monkeypatch.setattr("model.CPU_SPAN_BYTES", most * CONFIG.dim * 8)  # float64
+
+
+@pytest.mark.parametrize("tile, calls", [(0, 5), (16, 2 * 7), (60, 2 * 5), (63, 5)])
+def test_tiles_are_recomputed_inside_spans(monkeypatch, tile, calls):
+    """Spans of 5, 17, 10, 9, 22 tokens: 7 tiles of at most 16. A tile as long as the pack saves nothing."""
+    cut_into_spans(monkeypatch, 10)
+    seen, original = [], Block.after_attention
+    monkeypatch.setattr(Block, "after_attention", lambda *args: seen.append(args) or original(*args))
+    loss_and_gradients(Levers(0, "keep", tile))
+    assert len(seen) == CONFIG.n_layers * calls
 
 
 @pytest.mark.parametrize("most, wanted", [(1, (1,) * 6), (10, (1, 1, 2, 1, 1)), (23, (3, 2, 1)), (63, (6,))])
@@ -83,10 +98,12 @@ def test_a_pack_is_cut_between_documents(most, wanted):
 
 
 @pytest.mark.slow
-def test_compiled_blocks_change_no_number():
-    """Compiled, alone and under recomputation: float64, where reordered sums agree to 1e-12."""
+def test_compiled_blocks_change_no_number(monkeypatch):
+    """Compiled, alone, recomputed, and in spans: float64, where reordered sums agree to 1e-12."""
     plain = loss_and_gradients(Levers())
     assert_same(loss_and_gradients(Levers(), compiled=True), plain)
+    assert_same(loss_and_gradients(Levers(10, "recompute", 16), compiled=True), plain)
+    cut_into_spans(monkeypatch, 10)
     assert_same(loss_and_gradients(Levers(10, "recompute", 16), compiled=True), plain)
 
 
