@@ -329,11 +329,9 @@ BRIEF = Arm(TWICE_NTK.command, steps=8)
 
 def gain(point: str) -> Callable[[Measured], float]:
     """What the full training has over the brief one at `point`, after fine-tuning less before."""
-    def contrast(arms: Measured) -> float:
-        before, after = (arms[f"{STEPS} steps{sft}"][-1][point] - arms[f"8 steps{sft}"][-1][point]
-                         for sft in ("", ", SFT"))
-        return after - before
-    return contrast
+    before = less(f"{STEPS} steps", "8 steps", point)
+    after = less(f"{STEPS} steps, SFT", "8 steps, SFT", point)
+    return lambda arms: after(arms) - before(arms)
 
 
 before_after_sft = Finding(
@@ -343,10 +341,10 @@ before_after_sft = Finding(
      f"{STEPS} steps, SFT": fine_tune(start=TWICE_NTK)},
     {f"recall at 8K, gain of {STEPS} steps over 8: after less before": gain("recall@8k"),
      f"ICL at 8K, gain of {STEPS} steps over 8: after less before": gain("icl@8k"),
-     f"questions in chat, gain of {STEPS} steps over 8, after": lambda a: (
-         chat(a[f"{STEPS} steps, SFT"][-1]) - chat(a["8 steps, SFT"][-1])),
+     f"questions in chat, gain of {STEPS} steps over 8, after":
+         less(f"{STEPS} steps, SFT", "8 steps, SFT", chat),
      f"questions in chat, {STEPS} steps: after less before":
-         lambda a: chat(a[f"{STEPS} steps, SFT"][-1]) - chat(a[f"{STEPS} steps"][-1])},
+         less(f"{STEPS} steps, SFT", f"{STEPS} steps", chat)},
     bars(("recall@8k", "icl@8k", "chat_value@1k", "chat_label@1k")),
     why="no base model here answers a question in chat, so that task tells nothing before fine-tuning. In "
         "recall the longer training's lead is 0.03 before it and 0.11 after, in the mean. Fine-tuning at "

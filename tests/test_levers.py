@@ -50,6 +50,11 @@ def loss_and_gradients(levers, labels_kept=slice(None), compiled=False):
     return float(loss.detach()), {name: weight.grad for name, weight in model.named_parameters()}
 
 
+def cut_into_spans(monkeypatch, most):
+    """Spans of at most so many tokens, or one document."""
+    monkeypatch.setattr("model.CPU_SPAN_BYTES", most * CONFIG.dim * 8)  # float64
+
+
 def assert_same(found, wanted):
     assert found[0] == pytest.approx(wanted[0], rel=1e-12)
     for name, gradient in wanted[1].items():
@@ -72,10 +77,6 @@ def test_spans_of_documents_change_no_number(monkeypatch, name, most):
     cut_into_spans(monkeypatch, most)
     assert_same(loss_and_gradients(Levers()), whole)
     assert_same(loss_and_gradients(LEVERS[name]), whole)
-
-
-def cut_into_spans(monkeypatch, most):
-    monkeypatch.setattr("model.CPU_SPAN_BYTES", most * CONFIG.dim * 8)  # float64
 
 
 @pytest.mark.parametrize("tile, calls", [(0, 5), (16, 2 * 7), (60, 2 * 5), (63, 5)])
