@@ -313,9 +313,24 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor,
 def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     """One causal `scaled_dot_product_attention` for all documents of one length: runs anywhere.
 
-    Documents are brought into order of length, so that each length is one slice that reshapes into a
-    batch. Memory stays linear in T. (4-D inputs matter: with 3-D ones PyTorch on a CPU quietly takes
-    a kernel that builds the whole score matrix.)
+    Memory stays linear in T. (4-D inputs matter: with 3-D ones PyTorch on a CPU quietly takes a kernel that
+    builds the whole score matrix.)
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        return _CpuBfloat16.apply(q, k, v, cu_seqlens)
+
+    def causal(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+        return (F.scaled_dot_product_attention(q, k, v, is_causal=True,
+                                               enable_gqa=q.shape[1] != k.shape[1]),)
+
+    return _by_length(causal, q, k, v, cu_seqlens)[0]
+
+
+def _by_length(kernel: Callable[..., tuple[Tensor, ...]], q: Tensor, k: Tensor, v: Tensor,
+               cu_seqlens: Tensor) -> list[Tensor]:
+    """Call `kernel` once for all documents of a length; its outputs (T, H, .) come in the pack's order.
+
+    Documents are brought into order of length, so that each length is one slice that reshapes into a batch.
     """
     starts = cu_seqlens.tolist()
     lengths = [end - start for start, end in pairwise(starts)]
@@ -331,40 +346,115 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seql
     for (length, count), *qkv in zip(runs, *parts, strict=True):
         batch = [x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv]
         #   (count*length, H, D) -> (count, length, H, D) -> (count, H, length, D)
-        if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-            out = _CpuBfloat16.apply(*batch)
-        else:
-            out = F.scaled_dot_product_attention(batch[0], batch[1], batch[2], is_causal=True,
-                                                 enable_gqa=q.shape[1] != k.shape[1])
-        outputs.append(out.transpose(1, 2).flatten(0, 1))  # -> (count*length, H, D)
-    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        outputs.append([x.transpose(1, 2).flatten(0, 1) for x in kernel(*batch)])  # -> (count*length, H, .)
+    whole = outputs[0] if len(outputs) == 1 else [torch.cat(x) for x in zip(*outputs, strict=True)]
     if in_order:
-        return out
-    return out[torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=q.device))]
+        return whole
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=q.device))
+    return [x[back] for x in whole]
 
 
 class _CpuBfloat16(torch.autograd.Function):
-    """The kernel that PyTorch takes on a CPU. Its backward is a third faster, and truer, in float32.
-
-    q (count, H, length, D), k and v (count, H_kv, length, D), causal -> (count, H, length, D).
-    """
+    """PyTorch's kernel for CPUs forward; backward in tiles, because its own leaves the bfloat16 unit idle."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
         groups = q.shape[1] // k.shape[1]
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, *(x.repeat_interleave(groups, dim=1) for x in (k, v)), is_causal=True)
-        ctx.save_for_backward(q, k, v, out, lse)
+
+        def causal(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q, *(x.repeat_interleave(groups, dim=1) for x in (k, v)), is_causal=True)
+            return out, lse.unsqueeze(-1)  # lse (count, H, length): the log-sum-exp of each query's scores
+
+        out, lse = _by_length(causal, q, k, v, cu_seqlens)
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        grad, q, k, v, out, lse = (x.float() for x in (grad, *ctx.saved_tensors))
-        groups = q.shape[1] // k.shape[1]
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, *(x.repeat_interleave(groups, dim=1) for x in (k, v)), out, lse, 0.0, is_causal=True)
-        shared = (x.unflatten(1, (-1, groups)).sum(2) for x in grads[1:])  # (., H, ., D) -> (., H_kv, ., D)
-        return tuple(x.bfloat16() for x in (grads[0], *shared))
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *_tiled_backward(grad, *ctx.saved_tensors), None
+
+
+TILE_WEIGHTS = 2**21  # attention weights at a time, over all heads: 4 MiB, what lies near a core
+
+
+def _tiled_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                    cu_seqlens: Tensor) -> list[Tensor]:
+    """Flash attention's backward (2205.14135) over a pack: gradients of q (T, H, D), k and v (T, H_kv, D).
+
+        P  = exp(q k^T / sqrt(D) - lse)     the weights once more, by each query's log-sum-exp
+        dv = P^T grad
+        dS = P * (grad v^T - delta)         delta = sum of grad * out, a number per query
+        dq = dS k / sqrt(D),  dk = dS^T q / sqrt(D)
+
+    Nothing of size T x T: it is done for pairs of tiles that see each other, many in one batch of matmuls.
+    Both subtractions happen inside a matmul, which adds up in float32: q has two more columns, -lse and
+    what bfloat16 rounds off it, against two ones of k; so has grad, with -delta, against v.
+    """
+    (T, H, D), H_kv, dtype = q.shape, k.shape[1], q.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    usual = float(cu_seqlens.diff().double().square().sum()) / T  # length of the average token's document
+    tile = min(max(6 * math.isqrt(int(usual)), 64), 512)  # large ones see more in vain, small ones are many
+    tile = 1 << (tile.bit_length() - 1)  # a power of two: for each size kernels are made
+    start, i, j, partly = _tile_pairs(cu_seqlens, tile)
+    n = len(start)
+
+    def cut(x: Tensor, more: Tensor | float) -> Tensor:
+        """(T, h, D) -> (n, H_kv, rows, D + 2), rows = h/H_kv * tile: a KV head's query heads end to end."""
+        y = x.new_zeros(n * tile, x.shape[1], D + 2)
+        y[:T, :, :D], y[:T, :, D:] = x, more
+        return y.view(n, tile, H_kv, -1, D + 2).permute(0, 2, 3, 1, 4).flatten(2, 3)
+
+    def with_rest(x: Tensor) -> Tensor:
+        """(T, H, 1) -> (T, H, 2): a number as bfloat16 has it, and the rest."""
+        return torch.cat([x.to(dtype), (x - x.to(dtype)).to(dtype)], dim=-1)
+
+    delta = torch.linalg.vecdot(grad.to(wide), out.to(wide)).unsqueeze(-1)  # (T, H, 1)
+    sides = cut(q * D**-0.5, with_rest(-lse)), cut(grad, with_rest(-delta)), cut(k, 1.0), cut(v, 1.0)
+    totals = [torch.zeros(*x.shape[:3], D, dtype=wide) for x in (sides[0], *sides[2:])]  # of q, k and v
+    at_once = max(TILE_WEIGHTS // (H * tile * tile), 1)
+    room = [q.new_empty(at_once * H_kv, H // H_kv * tile, tile) for _ in ("P", "dS")]  # made once
+
+    for some in (partly, ~partly):
+        for pairs in some.nonzero()[:, 0].split(at_once):
+            at, to = i[pairs], j[pairs]
+            P, dS = (x[:len(pairs) * H_kv] for x in room)  # (pairs*H_kv, rows, tile)
+            q_, grad_, k_, v_ = (x.index_select(0, index).flatten(0, 1)  # (pairs*H_kv, rows or tile, D + 2)
+                                 for x, index in zip(sides, (at, at, to, to), strict=True))
+            torch.bmm(q_, k_.mT, out=P).exp_()
+            if some is partly:
+                query, key = (x[:, None] * tile + torch.arange(tile) for x in (at, to))  # (pairs, tile)
+                hidden = (key[:, None] > query[:, :, None]) | (key[:, None] < start[at][:, :, None])
+                P.view(len(pairs), H, tile, tile).masked_fill_(hidden[:, None], 0)
+            torch.bmm(grad_, v_.mT, out=dS).mul_(P)
+            for total, index, part in zip(totals, (at, to, to), (
+                    dS @ k_[..., :D], dS.mT @ q_[..., :D], P.mT @ grad_[..., :D]), strict=True):
+                total.index_add_(0, index, part.to(wide).view(len(pairs), *total.shape[1:]))
+
+    totals[0] *= D**-0.5  # q was scaled before it met dS; k was not
+    return [x.to(dtype).unflatten(2, (-1, tile)).permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2)[:T]
+            for x in totals]  # (n, H_kv, h/H_kv * tile, D) -> (n, tile, H_kv, h/H_kv, D) -> (T, h, D)
+
+
+def _tile_pairs(cu_seqlens: Tensor, tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tiles i of queries and j of keys that see each other, and which of these pairs do so only partly.
+
+    With them, (tiles, tile), where each token's document starts. Documents of 5 and 3 tokens, tiles of 2:
+
+        keys        0 1   2 3   4 5   6 7
+        queries 0 1  p                          p: partly, on the diagonal
+                2 3  x     p                       or where a document
+                4 5  p     p     p                 begins in between
+                6 7              p     p
+    """
+    starts, T = cu_seqlens[:-1], int(cu_seqlens[-1])
+    start = starts.repeat_interleave(cu_seqlens.diff())  # (T,)
+    start = F.pad(start, (0, -T % tile), value=T).view(-1, tile)
+    tiles = torch.arange(len(start))
+    count = tiles - start[:, 0] // tile + 1  # how many tiles of keys each tile of queries sees
+    i = tiles.repeat_interleave(count)
+    j = i + 1 - (count.cumsum(0).repeat_interleave(count) - torch.arange(len(i)))  # up to the diagonal
+    return start, i, j, (j == i) | (j * tile < start[i, -1])
 
 
 def _runs(values: list[int]) -> Iterator[tuple[int, int]]:

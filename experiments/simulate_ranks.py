@@ -21,7 +21,6 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -57,6 +56,12 @@ class SimulateConfig:
     steps: int = option(3, "steps to time (one more warms up)", parse_length)
 
 
+def one_kernel(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+               *_: torch.Tensor) -> list[torch.Tensor]:
+    """The shapes of attention's gradients, (T, H, D) and 2 x (T, H_kv, D), all that a kernel leaves."""
+    return [torch.empty_like(x) for x in (q, k, v)]
+
+
 def simulate(config: SimulateConfig, **changes: Any) -> dict[str, Any]:
     """Run rank 0's steps; return seconds and peak bytes, and the plan's bytes beside them."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -66,6 +71,7 @@ def simulate(config: SimulateConfig, **changes: Any) -> dict[str, Any]:
     levers = Levers(config.loss_chunk_tokens, config.activations, config.mlp_tile_tokens)
     shape = replace(preset_config(config.model, 295), max_seq_len=config.seq, **changes)
     doc_lens = (config.seq // config.documents,) * config.documents
+    cu_seqlens = torch.tensor([0, *accumulate(doc_lens)])
     os.environ |= {"RANK": "0", "WORLD_SIZE": str(config.world_size)}
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=config.world_size)
     try:
@@ -78,10 +84,10 @@ def simulate(config: SimulateConfig, **changes: Any) -> dict[str, Any]:
                 model = Transformer(shape)
             model.set_levers(levers, device)
             if config.fake_tensors:  # a fake cu_seqlens cannot be read; the true one can
-                cu_seqlens = SimpleNamespace(tolist=lambda: [0, *accumulate(doc_lens)])
                 BACKENDS["shapes"] = lambda q, k, v, _, longest: attention_sdpa(q, k, v, cu_seqlens, longest)
                 model.backend = "shapes"
-                stack.enter_context(patch("model.CPU_SPAN_BYTES", sys.maxsize))  # it stands for a GPU
+                stack.enter_context(patch("model.CPU_SPAN_BYTES", sys.maxsize))  # it stands for a GPU,
+                stack.enter_context(patch("model._tiled_backward", one_kernel))  # with no loop over tiles
             model = shard_model(model, parallel, torch.bfloat16)
             optimizer = make_optimizer(model, 0.1)
             ids = torch.zeros(config.seq // config.world_size, dtype=torch.long, device=device)
