@@ -352,8 +352,8 @@ def default_seq_parallel_size(n_heads: int, n_kv_heads: int, stage: Stage, world
 def choose_dtype(name: str, device: torch.device, dim: int) -> tuple[torch.dtype, str]:
     """The dtype to compute in, and why. Weights and the sums of their gradients stay in float32.
 
-    By what the device is, never by timing, so that runs repeat. A CPU's bfloat16 unit needs wide matmuls
-    to pay for a flash-attention backward that is half as slow again as float32's (docs/LOG.md).
+    By what the device is, never by timing, so that runs repeat. Between its matmuls a CPU widens bfloat16 to
+    float32 and back; in a narrow model that costs as much as its unit for bfloat16 gains.
     """
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
     if name in known:
