@@ -354,6 +354,15 @@ def _by_length(kernel: Callable[..., tuple[Tensor, ...]], q: Tensor, k: Tensor, 
     return [x[back] for x in whole]
 
 
+def _runs(values: list[int]) -> Iterator[tuple[int, int]]:
+    """[2, 2, 5] -> (2, 2), (5, 1): each value with how often it is repeated in a row."""
+    begin = 0
+    for i in range(1, len(values) + 1):
+        if i == len(values) or values[i] != values[begin]:
+            yield values[begin], i - begin
+            begin = i
+
+
 class _CpuBfloat16(torch.autograd.Function):
     """PyTorch's kernel for CPUs forward; backward in tiles, because its own leaves the bfloat16 unit idle."""
 
@@ -455,15 +464,6 @@ def _tile_pairs(cu_seqlens: Tensor, tile: int) -> tuple[Tensor, Tensor, Tensor, 
     i = tiles.repeat_interleave(count)
     j = i + 1 - (count.cumsum(0).repeat_interleave(count) - torch.arange(len(i)))  # up to the diagonal
     return start, i, j, (j == i) | (j * tile < start[i, -1])
-
-
-def _runs(values: list[int]) -> Iterator[tuple[int, int]]:
-    """[2, 2, 5] -> (2, 2), (5, 1): each value with how often it is repeated in a row."""
-    begin = 0
-    for i in range(1, len(values) + 1):
-        if i == len(values) or values[i] != values[begin]:
-            yield values[begin], i - begin
-            begin = i
 
 
 def attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:

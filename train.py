@@ -362,7 +362,7 @@ def choose_dtype(name: str, device: torch.device, dim: int) -> tuple[torch.dtype
         raise ValueError(f"dtype {name!r} is unknown; choose auto, {', '.join(known)}")
     if not (torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16()):
         return torch.float32, f"auto: this {device.type} has no bfloat16 matmuls"
-    if device.type == "cpu" and dim < 256:
+    if device.type == "cpu" and dim < 128:
         return torch.float32, f"auto: on a CPU a model of width {dim} is no faster in bfloat16"
     return torch.bfloat16, f"auto: this {device.type} has bfloat16 matmuls"
 
