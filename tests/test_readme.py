@@ -426,10 +426,12 @@ def test_the_three_seeds_are_those_of_the_committed_runs():
 
 def test_what_is_said_of_speed_and_faults_is_in_the_committed_results():
     bench, faults, ranks = result("bench"), result("faults"), result("parallel_speed")
-    ratio = bench["ratios"]["float32, both packed"]
+    ratio, bf16 = bench["ratios"]["float32, both packed"], "our bfloat16, their float32, packed"
     lost = sum(each["kills"] for each in faults["kills"])
     text = re.sub(r"\s+", " ", README)
     assert f"a step is {ratio:.1f} times as fast as transformers' (float32)" in text
+    assert (f"ours in bfloat16 is {bench['ratios'][bf16]:.1f} times as fast as theirs in float32, and "
+            f"{bench['ratios_compiled'][bf16]:.1f} times when compiled") in text
     assert f"a line with its length (R² {bench['memory_r2']:.3f}); {lost} runs killed" in text
     assert f"of {faults['mutations']['tried']:,} damaged files none" in text
     assert not faults["mutations"]["wrong"]
