@@ -23,7 +23,7 @@ from typing import Any
 import neighbours
 import numpy as np
 from findings_context import NTK, STEPS, THETA, TWICE_NTK
-from lab import Arm, Finding, Measured, Point, bars, curve, fit_to_dots
+from lab import Arm, Finding, Measured, Point, bars, curve, fit_to_dots, less
 
 import data
 import sft
@@ -66,16 +66,6 @@ def short_ability(point: Point) -> float:
 
 def long_ability(point: Point) -> float:
     return (point["recall@8k"] + point["icl@8k"]) / 2
-
-
-def less(a: str, b: str, metric: Any) -> Any:
-    """The contrast "metric of arm a less that of arm b", at the end of training."""
-    value = metric if callable(metric) else lambda point: point[metric]
-
-    def difference(measured: Measured) -> float:
-        return value(measured[a][-1]) - value(measured[b][-1])
-
-    return difference
 
 
 # --- 2. The share of long data (Figure 3), and what perplexity says of it (Figure 1) -----------------

@@ -99,6 +99,14 @@ class Finding:
     compute: Callable[[int, bool], Measured] | None = None  # (seed, quick): instead of arms that are trained
 
 
+def less(a: str, b: str, *metrics: str | Callable[[Point], float]) -> Callable[[Measured], float]:
+    """The contrast "arm a less arm b" at the end of training, in a metric or the mean of several."""
+    def of(point: Point) -> float:
+        return sum(point[m] if isinstance(m, str) else m(point) for m in metrics) / len(metrics)
+
+    return lambda measured: of(measured[a][-1]) - of(measured[b][-1])
+
+
 @dataclass(frozen=True)
 class Lab:
     """Where things lie, and how much is done."""
