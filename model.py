@@ -311,15 +311,12 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor,
 
 
 def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-    """One causal `scaled_dot_product_attention` for all documents of one length: runs anywhere.
-
-    Memory stays linear in T. (4-D inputs matter: with 3-D ones PyTorch on a CPU quietly takes a kernel that
-    builds the whole score matrix.)
-    """
+    """PyTorch's `scaled_dot_product_attention`, on documents of equal length as a batch: runs anywhere."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return _CpuBfloat16.apply(q, k, v, cu_seqlens)
 
     def causal(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+        # 4-D inputs matter: with 3-D ones PyTorch on a CPU quietly builds the whole score matrix.
         return (F.scaled_dot_product_attention(q, k, v, is_causal=True,
                                                enable_gqa=q.shape[1] != k.shape[1]),)
 
@@ -364,7 +361,10 @@ def _runs(values: list[int]) -> Iterator[tuple[int, int]]:
 
 
 class _CpuBfloat16(torch.autograd.Function):
-    """PyTorch's kernel for CPUs forward; backward in tiles, because its own leaves the bfloat16 unit idle."""
+    """PyTorch's kernel for CPUs; but backward in tiles, for its matmuls are too small for Intel's AMX unit.
+
+    Without that unit the tiles are computed in float32, which is faster there.
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -381,10 +381,13 @@ class _CpuBfloat16(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *_tiled_backward(grad, *ctx.saved_tensors), None
+        q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
+        work = torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+        grads = _tiled_backward(grad.to(work), q.to(work), k.to(work), v.to(work), out, lse, cu_seqlens)
+        return *(x.to(grad.dtype) for x in grads), None
 
 
-TILE_WEIGHTS = 2**21  # attention weights at a time, over all heads: 4 MiB, what lies near a core
+TILE_WEIGHTS = 2**21  # attention weights at a time, over all heads: 4 MiB in bfloat16
 
 
 def _tiled_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
@@ -397,19 +400,20 @@ def _tiled_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, 
         dq = dS k / sqrt(D),  dk = dS^T q / sqrt(D)
 
     Nothing of size T x T: it is done for pairs of tiles that see each other, many in one batch of matmuls.
-    Both subtractions happen inside a matmul, which adds up in float32: q has two more columns, -lse and
-    what bfloat16 rounds off it, against two ones of k; so has grad, with -delta, against v.
+    Both subtractions happen inside a matmul, which adds up in float32 before it rounds: q has two more
+    columns, -lse sqrt(D) and what bfloat16 rounds off it, against two ones of k; so has grad, with -delta,
+    against v. The rounding is then of an exponent: gradients are off by some 6e-3 of their norm.
     """
     (T, H, D), H_kv, dtype = q.shape, k.shape[1], q.dtype
     wide = torch.promote_types(dtype, torch.float32)
     usual = float(cu_seqlens.diff().double().square().sum()) / T  # length of the average token's document
     tile = min(max(6 * math.isqrt(int(usual)), 64), 512)  # large ones see more in vain, small ones are many
-    tile = 1 << (tile.bit_length() - 1)  # a power of two: for each size kernels are made
+    tile = 1 << (tile.bit_length() - 1)  # of few sizes: the matmul library makes a kernel for every new one
     start, i, j, partly = _tile_pairs(cu_seqlens, tile)
     n = len(start)
 
     def cut(x: Tensor, more: Tensor | float) -> Tensor:
-        """(T, h, D) -> (n, H_kv, rows, D + 2), rows = h/H_kv * tile: a KV head's query heads end to end."""
+        """(T, h, D) and two columns more -> (n, H_kv, rows, D + 2), rows = h/H_kv * tile, head after head."""
         y = x.new_zeros(n * tile, x.shape[1], D + 2)
         y[:T, :, :D], y[:T, :, D:] = x, more
         return y.view(n, tile, H_kv, -1, D + 2).permute(0, 2, 3, 1, 4).flatten(2, 3)
@@ -419,18 +423,18 @@ def _tiled_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, 
         return torch.cat([x.to(dtype), (x - x.to(dtype)).to(dtype)], dim=-1)
 
     delta = torch.linalg.vecdot(grad.to(wide), out.to(wide)).unsqueeze(-1)  # (T, H, 1)
-    sides = cut(q * D**-0.5, with_rest(-lse)), cut(grad, with_rest(-delta)), cut(k, 1.0), cut(v, 1.0)
+    sides = cut(q, with_rest(-lse * D**0.5)), cut(grad, with_rest(-delta)), cut(k, 1.0), cut(v, 1.0)
     totals = [torch.zeros(*x.shape[:3], D, dtype=wide) for x in (sides[0], *sides[2:])]  # of q, k and v
     at_once = max(TILE_WEIGHTS // (H * tile * tile), 1)
-    room = [q.new_empty(at_once * H_kv, H // H_kv * tile, tile) for _ in ("P", "dS")]  # made once
+    buffers = [q.new_empty(at_once * H_kv, H // H_kv * tile, tile) for _ in "PS"]  # new ones are page faults
 
     for some in (partly, ~partly):
         for pairs in some.nonzero()[:, 0].split(at_once):
             at, to = i[pairs], j[pairs]
-            P, dS = (x[:len(pairs) * H_kv] for x in room)  # (pairs*H_kv, rows, tile)
+            P, dS = (x[:len(pairs) * H_kv] for x in buffers)  # (pairs*H_kv, rows, tile)
             q_, grad_, k_, v_ = (x.index_select(0, index).flatten(0, 1)  # (pairs*H_kv, rows or tile, D + 2)
                                  for x, index in zip(sides, (at, at, to, to), strict=True))
-            torch.bmm(q_, k_.mT, out=P).exp_()
+            torch.baddbmm(P, q_, k_.mT, beta=0, alpha=D**-0.5, out=P).exp_()
             if some is partly:
                 query, key = (x[:, None] * tile + torch.arange(tile) for x in (at, to))  # (pairs, tile)
                 hidden = (key[:, None] > query[:, :, None]) | (key[:, None] < start[at][:, :, None])
@@ -440,25 +444,25 @@ def _tiled_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, 
                     dS @ k_[..., :D], dS.mT @ q_[..., :D], P.mT @ grad_[..., :D]), strict=True):
                 total.index_add_(0, index, part.to(wide).view(len(pairs), *total.shape[1:]))
 
-    totals[0] *= D**-0.5  # q was scaled before it met dS; k was not
+    totals[0] *= D**-0.5
+    totals[1] *= D**-0.5
     return [x.to(dtype).unflatten(2, (-1, tile)).permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2)[:T]
             for x in totals]  # (n, H_kv, h/H_kv * tile, D) -> (n, tile, H_kv, h/H_kv, D) -> (T, h, D)
 
 
 def _tile_pairs(cu_seqlens: Tensor, tile: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Tiles i of queries and j of keys that see each other, and which of these pairs do so only partly.
+    """Where each token's document starts (tiles, tile); tiles i of queries and j of keys that see each other;
+    and which of these pairs do so only partly. Documents of 5 and 3 tokens in tiles of 2:
 
-    With them, (tiles, tile), where each token's document starts. Documents of 5 and 3 tokens, tiles of 2:
-
-        keys        0 1   2 3   4 5   6 7
-        queries 0 1  p                          p: partly, on the diagonal
-                2 3  x     p                       or where a document
-                4 5  p     p     p                 begins in between
-                6 7              p     p
+        keys        0 1   2 3   4 5   6 7       i       0 1 1 2 2 2 3 3
+        queries 0 1  p                          j       0 0 1 0 1 2 2 3
+                2 3  x     p                    partly  p . p p p p p p     on the diagonal, or because the
+                4 5  p     p     p                                          last query's document starts
+                6 7              p     p                                    after the first key
     """
     starts, T = cu_seqlens[:-1], int(cu_seqlens[-1])
     start = starts.repeat_interleave(cu_seqlens.diff())  # (T,)
-    start = F.pad(start, (0, -T % tile), value=T).view(-1, tile)
+    start = F.pad(start, (0, -T % tile), value=T).view(-1, tile)  # padding: one more document, never seen
     tiles = torch.arange(len(start))
     count = tiles - start[:, 0] // tile + 1  # how many tiles of keys each tile of queries sees
     i = tiles.repeat_interleave(count)

@@ -86,8 +86,9 @@ def simulate(config: SimulateConfig, **changes: Any) -> dict[str, Any]:
             if config.fake_tensors:  # a fake cu_seqlens cannot be read; the true one can
                 BACKENDS["shapes"] = lambda q, k, v, _, longest: attention_sdpa(q, k, v, cu_seqlens, longest)
                 model.backend = "shapes"
-                stack.enter_context(patch("model.CPU_SPAN_BYTES", sys.maxsize))  # it stands for a GPU,
-                stack.enter_context(patch("model._tiled_backward", one_kernel))  # with no loop over tiles
+                # It stands for a GPU: no spans, and attention's backward is one kernel, not tiles in turn.
+                stack.enter_context(patch("model.CPU_SPAN_BYTES", sys.maxsize))
+                stack.enter_context(patch("model._tiled_backward", one_kernel))
             model = shard_model(model, parallel, torch.bfloat16)
             optimizer = make_optimizer(model, 0.1)
             ids = torch.zeros(config.seq // config.world_size, dtype=torch.long, device=device)

@@ -16,6 +16,7 @@ import math
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -79,7 +80,8 @@ def boundaries(doc_lens) -> torch.Tensor:
 def attention_one_by_one(q, k, v, doc_lens):
     """The definition, in loops: every document alone, every head, every query with the keys before it."""
     groups, documents = q.shape[1] // k.shape[1], []
-    for q_doc, k_doc, v_doc in zip(*(x.split(doc_lens) for x in (q, k, v)), strict=True):
+    lens = [length for length in doc_lens if length]
+    for q_doc, k_doc, v_doc in zip(*(x.split(lens) for x in (q, k, v)), strict=True):
         heads = []
         for h in range(q.shape[1]):
             scores = q_doc[:, h] @ k_doc[:, h // groups].T / math.sqrt(q.shape[2])
@@ -113,6 +115,7 @@ def check_backends_agree(doc_lens, n_heads, n_kv_heads, dtype, tolerance):
     (11,),                        # one document
     (1,),
     (1, 1, 2, 5, 5, 5),           # ascending: no permutation
+    (3, 0, 2),                    # a document without tokens
     (5, 1, 3, 5, 2, 3, 1, 5, 7),  # equal lengths far apart: the permutation and its inverse
     (4, 4, 4),                    # one batch
     (9, 1),
@@ -127,12 +130,17 @@ def test_backends_agree_in_float32():
     check_backends_agree((5, 1, 33, 5, 2, 7), 8, 2, torch.float32, SINGLE)
 
 
-def test_bfloat16_attention_is_as_good_as_its_rounding():
+@pytest.mark.parametrize("has_amx", [True, False], ids=["with AMX", "without"])
+@pytest.mark.parametrize("head_dim", [16, 32, 128])
+def test_bfloat16_attention_is_as_good_as_its_rounding(head_dim, has_amx, monkeypatch):
     """Against float64 on the same inputs: values within 2^-8 of their norm, gradients within 2^-7 (2^-9 and
-    6e-3 seen; a whole model's gradient is off by 1.7e-2, for all that it rounds)."""
+    6e-3 seen; a whole model's gradient is off by 1.7e-2, for all that it rounds). High scores, a scale of
+    1/sqrt(D) that bfloat16 can't hold, and values that are not 0 on average: each has its own rounding."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    monkeypatch.setattr(m, "_tiled_backward", calls := Mock(side_effect=m._tiled_backward))
     doc_lens, generator = (70, 1, 200, 70), torch.Generator().manual_seed(0)
-    q, k, v, direction = (torch.randn(sum(doc_lens), h, 16, generator=generator).bfloat16()
-                          for h in (8, 2, 2, 8))
+    q, k, v, direction = (torch.randn(sum(doc_lens), h, head_dim, generator=generator) for h in (8, 2, 2, 8))
+    q, k, v, direction = (x.bfloat16() for x in (4 * q, k, v + 0.5, direction + 0.5))
     results = []
     for backend, dtype in (("auto", torch.bfloat16), ("reference", torch.float64)):
         inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
@@ -141,12 +149,14 @@ def test_bfloat16_attention_is_as_good_as_its_rounding():
     for found, expected, bound in zip(*results, (2**-8, 2**-7, 2**-7, 2**-7), strict=True):
         assert found.dtype == torch.bfloat16
         assert (found.double() - expected).norm() < bound * expected.norm()
+    assert calls.call_count == 1 and calls.call_args.args[0].dtype == (
+        torch.bfloat16 if has_amx else torch.float32)
 
 
 @pytest.mark.parametrize("tile_weights", [1, 2**21], ids=["pair by pair", "many pairs at once"])
 @pytest.mark.parametrize("doc_lens", [
     (3,),
-    (5, 3),                # less than a tile
+    (5, 0, 3),             # less than a tile; a document without tokens
     (70, 1, 200, 70, 30),  # tiles of 64: within documents and across them
     (600, 3),              # tiles of 128, the last one not full
     (256, 256),            # documents of whole tiles
@@ -156,7 +166,12 @@ def test_tiled_backward_is_the_gradient(doc_lens, tile_weights, monkeypatch):
     monkeypatch.setattr(m, "TILE_WEIGHTS", tile_weights)
     cu_seqlens, T = boundaries(doc_lens), sum(doc_lens)
     q, k, v, direction, out, lse, expected = attention_by_hand(doc_lens, 4, 2, scale=1.0)
+    monkeypatch.setattr(torch, "baddbmm", scores := Mock(side_effect=torch.baddbmm))
     found = m._tiled_backward(direction, q, k, v, out, lse, cu_seqlens)
+    sizes = [call.args[0].numel() for call in scores.call_args_list]
+    one_pair = 4 * scores.call_args.args[0].shape[-1] ** 2  # H * tile * tile
+    assert max(sizes) <= max(tile_weights, one_pair)
+    assert tile_weights == 1 or len(sizes) <= 2  # pairs that need a mask, and others
     assert [x.shape for x in found] == [(T, 4, 16), (T, 2, 16), (T, 2, 16)]
     torch.testing.assert_close(list(found), expected, **EXACT)
 
