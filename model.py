@@ -363,7 +363,7 @@ def _runs(values: list[int]) -> Iterator[tuple[int, int]]:
 class _CpuBfloat16(torch.autograd.Function):
     """PyTorch's kernel for CPUs; but backward in tiles, for its matmuls are too small for Intel's AMX unit.
 
-    Without that unit the tiles are computed in float32, which is faster there.
+    Without that unit the tiles are computed in float32.
     """
 
     @staticmethod
