@@ -402,12 +402,13 @@ def _tiled_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, 
     Nothing of size T x T: it is done for pairs of tiles that see each other, many in one batch of matmuls.
     Both subtractions happen inside a matmul, which adds up in float32 before it rounds: q has two more
     columns, -lse sqrt(D) and what bfloat16 rounds off it, against two ones of k; so has grad, with -delta,
-    against v. The rounding is then of an exponent: gradients are off by some 6e-3 of their norm.
+    against v. What bfloat16 rounds is then an exponent: gradients are off by some 6e-3 of their norm.
     """
     (T, H, D), H_kv, dtype = q.shape, k.shape[1], q.dtype
     wide = torch.promote_types(dtype, torch.float32)
     usual = float(cu_seqlens.diff().double().square().sum()) / T  # length of the average token's document
-    tile = min(max(6 * math.isqrt(int(usual)), 64), 512)  # large ones see more in vain, small ones are many
+    # Large tiles see more in vain, small ones are many: 6 sqrt(length) was best (docs/LOG.md).
+    tile = min(max(6 * math.isqrt(int(usual)), 64), 512)
     tile = 1 << (tile.bit_length() - 1)  # of few sizes: the matmul library makes a kernel for every new one
     start, i, j, partly = _tile_pairs(cu_seqlens, tile)
     n = len(start)

@@ -153,6 +153,20 @@ def test_bfloat16_attention_is_as_good_as_its_rounding(head_dim, has_amx, monkey
         torch.bfloat16 if has_amx else torch.float32)
 
 
+def attention_by_hand(doc_lens, n_heads, n_kv_heads, scale):
+    """q, k, v, a direction for the output, the output, each query's log-sum-exp, and the three gradients."""
+    generator, T = torch.Generator().manual_seed(0), sum(doc_lens)
+    q, k, v, direction = (torch.randn(T, h, 16, generator=generator, dtype=torch.float64)
+                          for h in (n_heads, n_kv_heads, n_kv_heads, n_heads))
+    inputs = [(q * scale).requires_grad_(), k.requires_grad_(), v.requires_grad_()]
+    out = m.attention_reference(*inputs, boundaries(doc_lens), max(doc_lens))
+    gradients = list(torch.autograd.grad(out, inputs, direction))
+    scores = torch.einsum("qhd,khd->qhk", inputs[0], k.repeat_interleave(n_heads // n_kv_heads, dim=1)) / 4
+    allowed = torch.block_diag(*(torch.ones(n, n).tril() for n in doc_lens)) > 0  # (T, T)
+    lse = scores.masked_fill(~allowed[:, None], -math.inf).logsumexp(-1, keepdim=True)  # (T, H, 1)
+    return *(x.detach() for x in inputs), direction, out.detach(), lse.detach(), gradients
+
+
 @pytest.mark.parametrize("tile_weights", [1, 2**21], ids=["pair by pair", "many pairs at once"])
 @pytest.mark.parametrize("doc_lens", [
     (3,),
@@ -191,20 +205,6 @@ def test_tiled_backward_hides_what_would_overflow():
     assert scores.max() > 710  # exp(710) is infinite in float64
     found = m._tiled_backward(direction, q, k, v, out, lse, boundaries((40, 24)))
     torch.testing.assert_close(list(found), expected, **EXACT)
-
-
-def attention_by_hand(doc_lens, n_heads, n_kv_heads, scale):
-    """q, k, v, a direction for the output, the output, each query's log-sum-exp, and the three gradients."""
-    generator, T = torch.Generator().manual_seed(0), sum(doc_lens)
-    q, k, v, direction = (torch.randn(T, h, 16, generator=generator, dtype=torch.float64)
-                          for h in (n_heads, n_kv_heads, n_kv_heads, n_heads))
-    inputs = [(q * scale).requires_grad_(), k.requires_grad_(), v.requires_grad_()]
-    out = m.attention_reference(*inputs, boundaries(doc_lens), max(doc_lens))
-    gradients = list(torch.autograd.grad(out, inputs, direction))
-    scores = torch.einsum("qhd,khd->qhk", inputs[0], k.repeat_interleave(n_heads // n_kv_heads, dim=1)) / 4
-    allowed = torch.block_diag(*(torch.ones(n, n).tril() for n in doc_lens)) > 0  # (T, T)
-    lse = scores.masked_fill(~allowed[:, None], -math.inf).logsumexp(-1, keepdim=True)  # (T, H, 1)
-    return *(x.detach() for x in inputs), direction, out.detach(), lse.detach(), gradients
 
 
 @property_test
