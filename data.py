@@ -28,7 +28,6 @@ Sources: ProLong section 3, A.2, Table 9. Unlike ProLong's, packing lives beside
 
 from __future__ import annotations
 
-import argparse
 import ast
 import base64
 import dataclasses
@@ -40,137 +39,36 @@ import lzma
 import math
 import os
 import re
-import shutil
 import sys
 import sysconfig
 import tarfile
-import time
 import typing
 import unicodedata
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from support.cli import (  # noqa: F401 (data.parse_length and its like are public names)
+    add_config_args,
+    format_length,
+    option,
+    parse_cli,
+    parse_length,
+    run_main,
+)
+from support.files import read_json, whole_folder, write_json
+
 IGNORE_INDEX = -100  # the label of a token that is not trained on
-
-# --- 1. Lengths and the command line --------------------------------------------------------------
-
-_UNITS = {"": 1, "k": 2**10, "m": 2**20, "b": 2**30}
-
-
-def parse_length(text: str | int) -> int:
-    """Read a number of tokens: "512k" is 524,288; k, m, b are 2^10, 2^20, 2^30 (paper, footnote 2).
-
-    Raises ValueError for anything else, and for less than one token.
-    """
-    digits = str(text).lower().rstrip("kmb")
-    unit = str(text).lower()[len(digits):]
-    if not digits.isdecimal() or unit not in _UNITS or int(digits) == 0:
-        raise ValueError(f"length {text!r} is not a positive whole number with an optional k, m or b; "
-                         "write for example 2048, 2k or 20b")
-    return int(digits) * _UNITS[unit]
-
-
-def format_length(tokens: int) -> str:
-    """The shortest way to write a length: 2048 -> "2k"."""
-    unit, size = next(item for item in reversed(_UNITS.items()) if tokens % item[1] == 0)
-    return f"{tokens // size}{unit}"
-
-
-def option(default: Any, help: str, parse: Callable[[str], Any] | None = None) -> Any:
-    """A dataclass field that is also a command-line option, with its help and its parser."""
-    return dataclasses.field(default=default, metadata={"help": help, "parse": parse})
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
-
-
-def add_config_args(parser: argparse.ArgumentParser, config: type) -> None:
-    """Add an option for each field of a config dataclass: `seq_len` becomes `--seq-len`, `from_` `--from`."""
-    hints = typing.get_type_hints(config)
-    for field in dataclasses.fields(config):
-        flag, kind = "--" + field.name.strip("_").replace("_", "-"), hints[field.name]
-        choices = [t for t in typing.get_args(kind) if t is not type(None)] or [kind]
-        help = field.metadata["help"] + ("" if field.default is None else " (default: %(default)s)")
-        if choices[0] is bool:
-            parser.add_argument(flag, dest=field.name, action=argparse.BooleanOptionalAction,
-                                default=field.default, help=help)
-        else:
-            parse = field.metadata["parse"] or choices[0]
-            parser.add_argument(flag, dest=field.name, type=_readable(parse), default=field.default,
-                                metavar=flag[2:].upper().replace("-", "_"), help=help)
-
-
-def _readable(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Let argparse show a parser's own ValueError rather than 'invalid value'."""
-
-    def convert(text: str) -> Any:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return convert
-
-
-C = TypeVar("C")
-
-
-def parse_cli(config: type[C], doc: str | None, argv: Sequence[str] | None = None) -> C:
-    """Build a config from the command line. Unknown and abbreviated flags end in code 2."""
-    parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-                     allow_abbrev=False)
-    add_config_args(parser, config)
-    return config(**vars(parser.parse_args(argv)))
-
-
-def run_main(main: Callable[[], None]) -> None:
-    """Run a script: a wrong value or file is the user's to mend, so it ends in one line and exit code 2."""
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(2)  # if rank 0 has the same error, it says so, and torchrun ends this rank meanwhile
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-def read_json(path: Path, most_bytes: int = 2**26) -> dict[str, Any]:
-    """Read a JSON object that a stranger may have written. Raises ValueError, naming the file, for all else.
-
-    Also for what Python's reader lets through: a key given twice, NaN, nesting without end, or gigabytes.
-    """
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(pairs) != len(entry := dict(pairs)):
-            raise ValueError("a key is given twice")
-        return entry
-
-    def refuse(constant: str) -> float:
-        raise ValueError(f"{constant} is no number")
-
-    try:
-        if (size := path.stat().st_size) > most_bytes:
-            raise ValueError(f"{size:,} bytes are too many")
-        entry = json.loads(path.read_text(), object_pairs_hook=unique, parse_constant=refuse)
-        if not isinstance(entry, dict):
-            raise ValueError("it holds no object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not readable JSON: {error}") from None
-    return entry
-
 
 # --- 2. Tokenizer ---------------------------------------------------------------------------------
 #
@@ -1082,37 +980,6 @@ def _joined(where: str, contents: Iterable[bytes], between: str, most_bytes: int
 DOCUMENTS_FORMAT = "nanolong-documents-1"
 
 
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """`with whole_folder(path) as temporary:` fills a folder that appears complete or not at all."""
-    temporary = folder.with_name(folder.name + ".writing")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        for path in [*temporary.iterdir(), temporary]:
-            _fsync(path)
-        temporary.rename(folder)
-        _fsync(folder.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def _write_json(path: Path, entry: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    aside = path.with_name(path.name + ".writing")
-    aside.write_text(json.dumps(entry, indent=2) + "\n")
-    _fsync(aside)
-    aside.replace(path)
-
-
 _TOKENIZER_META = {"tokenizer": str, "tokenizer_fingerprint": str, "vocab_size": int, "max_id": int}
 _DOCUMENTS_META = {"format": str, **_TOKENIZER_META, "shards": int, "documents": int, "tokens": int}
 _SHARD_META = {"rows": int, "documents": int, "tokens": int, "bad": int, "max_id": int}
@@ -1158,14 +1025,14 @@ def tokenize(config: TokenizeConfig) -> None:
     while (first := next(documents, None)) is not None:
         out.mkdir(parents=True, exist_ok=True)
         if not shards:
-            _write_json(out / "job.json", job)
+            write_json(out / "job.json", job)
         with whole_folder(out / f"{len(shards):05d}") as folder:
             shards.append(_write_shard(folder, itertools.chain([first], documents), config.shard_tokens))
     bar.close()
     counts = {key: sum(shard[key] for shard in shards) for key in ("rows", "documents", "tokens", "bad")}
     if not counts["tokens"]:
         raise ValueError(f"--input {config.input} has no usable text in its {counts['rows']} rows")
-    _write_json(out / "meta.json", {
+    write_json(out / "meta.json", {
         "format": DOCUMENTS_FORMAT, "tokenizer": tokenizer.spec, "vocab_size": tokenizer.vocab_size,
         "tokenizer_fingerprint": tokenizer.fingerprint, "max_id": max(shard["max_id"] for shard in shards),
         "shards": len(shards), **counts})
@@ -1219,7 +1086,7 @@ def _write_shard(folder: Path, documents: Iterator[np.ndarray | ValueError], eno
     (folder / "doc_ends.bin").write_bytes(np.array(ends, np.int64).tobytes())
     meta = {"rows": len(ends) + bad, "documents": len(ends), "tokens": tokens, "bad": bad,
             "bad_rows": bad_rows, "max_id": max_id}
-    _write_json(folder / "meta.json", meta)
+    write_json(folder / "meta.json", meta)
     return meta
 
 
@@ -1525,7 +1392,7 @@ def write_packed(folder: str | Path, sequences: Iterable[PackedSequence], tokeni
                 "has_loss_mask": has_mask, "seed": seed, "tokens_dropped": report.tokens_dropped,
                 "sha256": _sha256(temporary)}
         _check_ids(folder, meta, tokenizer.vocab_size)
-        _write_json(temporary / "meta.json", meta)
+        write_json(temporary / "meta.json", meta)
 
 
 def _sha256(folder: Path) -> str:
@@ -1717,21 +1584,6 @@ class Batch:
     doc_lens: tuple[int, ...]
     sources: tuple[str, ...]
 
-    @staticmethod
-    def of(sequences: Sequence[PackedSequence]) -> Batch:
-        """Join sequences. A loss mask says which tokens are trained on *as targets*."""
-        ids = np.concatenate([s.input_ids for s in sequences], dtype=np.int64)
-        doc_lens = tuple(n for s in sequences for n in s.doc_lens)
-        labels = np.empty_like(ids)
-        labels[:-1] = ids[1:]  # the last one is the end of a document
-        if any(s.loss_mask is not None for s in sequences):
-            mask = np.concatenate([np.ones(len(s.input_ids), bool) if s.loss_mask is None
-                                   else s.loss_mask for s in sequences])
-            labels[:-1][~mask[1:]] = IGNORE_INDEX
-        labels[np.cumsum(doc_lens) - 1] = IGNORE_INDEX
-        return Batch(torch.from_numpy(ids), torch.from_numpy(labels), doc_lens,
-                     tuple(s.source for s in sequences))
-
     def shard(self, sp_rank: int, sp_size: int) -> tuple[Tensor, Tensor]:
         """The tokens and labels that one of `sp_size` ranks holds: a consecutive share of each.
 
@@ -1741,6 +1593,21 @@ class Batch:
         assert share * sp_size == len(self.input_ids)
         mine = slice(sp_rank * share, (sp_rank + 1) * share)
         return self.input_ids[mine], self.labels[mine]
+
+
+def make_batch(sequences: Sequence[PackedSequence]) -> Batch:
+    """Join sequences. A loss mask says which tokens are trained on *as targets*."""
+    ids = np.concatenate([s.input_ids for s in sequences], dtype=np.int64)
+    doc_lens = tuple(n for s in sequences for n in s.doc_lens)
+    labels = np.empty_like(ids)
+    labels[:-1] = ids[1:]  # the last one is the end of a document
+    if any(s.loss_mask is not None for s in sequences):
+        mask = np.concatenate([np.ones(len(s.input_ids), bool) if s.loss_mask is None
+                               else s.loss_mask for s in sequences])
+        labels[:-1][~mask[1:]] = IGNORE_INDEX
+    labels[np.cumsum(doc_lens) - 1] = IGNORE_INDEX
+    return Batch(torch.from_numpy(ids), torch.from_numpy(labels), doc_lens,
+                 tuple(s.source for s in sequences))
 
 
 def arrange_step(sequences: Sequence[PackedSequence], dp_size: int, per_batch: int,

@@ -1085,7 +1085,7 @@ def quick_scores(model: Transformer, tokenizer: Tokenizer, length: int, parallel
                 labels[a] = ids[a.start + 1:a.stop + 1]
             mine = slice(parallel.sp_rank * share, (parallel.sp_rank + 1) * share)
             hits = torch.zeros_like(ids, device=parallel.device)
-            hits[mine] = model.hits(ids[mine].to(parallel.device), labels[mine].to(parallel.device),
+            hits[mine] = model.is_right(ids[mine].to(parallel.device), labels[mine].to(parallel.device),
                                     (len(text), spare) if spare else (len(text),), parallel).long()
             torch.distributed.all_reduce(hits, group=parallel.sp_group)
             total += torch.tensor([sum(bool(hits[a].all()) for a in answers), len(answers)])
@@ -1266,7 +1266,7 @@ def compare_files(config: EvalConfig) -> None:
     print(f"figure: {figure}" if drawn else "no figure: install the `plots` extra")
 
 
-def write_on(model: Transformer, config: EvalConfig) -> None:
+def continue_text(model: Transformer, config: EvalConfig) -> None:
     """Print how the model goes on with a file's text, as it is written, and the speed to stderr."""
     tokenizer, text = load_tokenizer(config.tokenizer), codecs.getincrementaldecoder("utf-8")("replace")
     try:
@@ -1303,7 +1303,7 @@ def main() -> None:
     dtype = getattr(torch, config.dtype) if config.dtype else None
     model = load_pretrained(folder, dtype=dtype, device=device)
     if config.prompt:
-        return write_on(model, config)
+        return continue_text(model, config)
     out = Path(config.out or folder / "eval")
     evaluation = evaluate(model, config, folder.name, parallel, out / f"{folder.name}.predictions.jsonl")
     if parallel is None or parallel.main:

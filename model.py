@@ -70,7 +70,7 @@ class Family(NamedTuple):
     qk_norm: bool = False  # every head's query and key pass an RMSNorm before RoPE
 
 
-FAMILIES = {  # by config.json's model_type
+ARCHITECTURES = {  # by config.json's model_type
     "llama": Family("LlamaForCausalLM"),  # Llama-2, 3, 3.1, 3.2; SmolLM2
     "mistral": Family("MistralForCausalLM"),  # without its sliding window
     "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True),  # Qwen2, Qwen2.5
@@ -99,8 +99,8 @@ class ModelConfig:
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self) -> None:
-        if self.family not in FAMILIES:
-            raise ValueError(f"family {self.family!r} is unknown; choose one of {', '.join(FAMILIES)}")
+        if self.family not in ARCHITECTURES:
+            raise ValueError(f"family {self.family!r} is unknown; choose one of {', '.join(ARCHITECTURES)}")
         for name, largest in _LARGEST.items():
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= largest:
@@ -486,7 +486,7 @@ BACKENDS: dict[str, Attention] = {"varlen": attention_varlen, "sdpa": attention_
                                   "reference": attention_reference}
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+def backend_for(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """Name the backend that `auto` means here, and say why (train.py prints it once)."""
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         return "varlen", "one flash-attention kernel for all documents of the pack"
@@ -500,7 +500,7 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_
     `cu_seqlens` (N + 1,) int32 holds the documents' ends, from 0 to T; `max_seqlen` the longest.
     Source: ProLong section 6.1 and B.2 (Table 20: masks help both long and short tasks).
     """
-    name = choose_backend(q.device, q.dtype)[0] if backend == "auto" else backend
+    name = backend_for(q.device, q.dtype)[0] if backend == "auto" else backend
     if name not in BACKENDS:
         raise ValueError(f"attention backend {name!r} is unknown; choose auto or one of "
                          f"{', '.join(BACKENDS)}")
@@ -710,7 +710,7 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Levers:
+class MemoryOptions:
     """What to trade for memory, the cheapest first."""
 
     loss_chunk_tokens: int = 8192  # hold the logits of so many tokens at a time; 0: of all
@@ -836,7 +836,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        family = FAMILIES[config.family]
+        family = ARCHITECTURES[config.family]
         self.q_proj = nn.Linear(config.dim, q_dim, bias=family.qkv_bias)
         self.k_proj = nn.Linear(config.dim, kv_dim, bias=family.qkv_bias)
         self.v_proj = nn.Linear(config.dim, kv_dim, bias=family.qkv_bias)
@@ -876,7 +876,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.levers = layer, Levers()
+        self.layer, self.memory = layer, MemoryOptions()
         self.input_layernorm = RMSNorm(config.dim, eps=config.norm_eps)
         self.self_attn = SelfAttention(config)
         self.post_attention_layernorm = RMSNorm(config.dim, eps=config.norm_eps)
@@ -884,9 +884,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], spans: Sequence[Span]) -> Tensor:
         """x (T, C) -> (T, C), one span after the other (`cut_pack` says why there are several)."""
-        tile = self.levers.mlp_tile_tokens
+        tile = self.memory.mlp_tile_tokens
         compute = partial(self.compute, tile if tile < len(x) else 0)
-        if self.levers.activations != "keep":
+        if self.memory.activations != "keep":
             compute = partial(_recomputed, compute)
         if len(spans) == 1:
             return compute(x, rope, spans[0][1])
@@ -914,7 +914,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, backend: str = "auto") -> None:
         super().__init__()
-        self.config, self.backend, self.levers = config, backend, Levers()
+        self.config, self.backend, self.memory = config, backend, MemoryOptions()
         self.offload: HostOffload | None = None
         self.files: dict[str, bytes] = {}  # what lies beside the weights: tokenizer, generation settings
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
@@ -942,13 +942,13 @@ class Transformer(nn.Module):
                 nn.init.normal_(weight, std=(self.config.dim * depth) ** -0.5, generator=generator)
         return self
 
-    def set_levers(self, levers: Levers, device: torch.device) -> None:
+    def set_memory_options(self, levers: MemoryOptions, device: torch.device) -> None:
         """Choose what is kept for backward: for the whole model and each of its blocks."""
-        self.levers = levers
+        self.memory = levers
         self.offload = HostOffload(device) if levers.activations == "offload" else None
         for block in self.layers:
             assert isinstance(block, Block)
-            block.levers = levers
+            block.memory = levers
 
     def compile_blocks(self) -> None:
         """Compile each block's two token-wise halves; other numbers of tokens compile nothing anew."""
@@ -990,7 +990,7 @@ class Transformer(nn.Module):
         """Scores of the next token, (T, V)."""
         return self.lm_head(Transformer.forward(self, input_ids, doc_lens, parallel))
 
-    def hits(self, input_ids: Tensor, labels: Tensor, doc_lens: Sequence[int],
+    def is_right(self, input_ids: Tensor, labels: Tensor, doc_lens: Sequence[int],
              parallel: Parallel | None = None) -> Tensor:
         """Whether the likeliest next token is the label, (T,) bool; logits only where there is a label."""
         hidden = Transformer.forward(self, input_ids, doc_lens, parallel)
@@ -1007,7 +1007,7 @@ class Transformer(nn.Module):
         """
         hidden = Transformer.forward(self, input_ids, doc_lens, parallel)
         return chunked_cross_entropy(hidden, self.lm_head.weight, labels,
-                                     self.levers.loss_chunk_tokens or len(labels))
+                                     self.memory.loss_chunk_tokens or len(labels))
 
 
 def flops_per_step(config: ModelConfig, doc_lens: Sequence[int]) -> float:
@@ -1365,7 +1365,7 @@ def write_model(model: Transformer, folder: Path, main: bool = True, shard_bytes
     if len(shards) > 1:
         size = sum(weight.nbytes for weight in model.parameters())
         _write_json(folder / _INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
-    config, family = asdict(model.config), FAMILIES[model.config.family]
+    config, family = asdict(model.config), ARCHITECTURES[model.config.family]
     _write_json(folder / "config.json", {
         "architectures": [family.architecture], "hidden_act": "silu", "attention_bias": family.qkv_bias,
         "mlp_bias": False, "use_sliding_window": False, "sliding_window": None,
@@ -1454,14 +1454,14 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 def _parse_config(entry: dict[str, Any]) -> ModelConfig:
     kind = entry.get("model_type") if isinstance(entry, dict) else type(entry).__name__
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        raise ValueError(f"model_type is {kind!r}, only {', '.join(FAMILIES)} are supported")
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+        raise ValueError(f"model_type is {kind!r}, only {', '.join(ARCHITECTURES)} are supported")
     if "sliding_window" not in entry:
         entry["sliding_window"] = 4096  # what it means in transformers, like the 1e-6 below
     entry = {"rms_norm_eps": 1e-6, **{k: v for k, v in entry.items() if v is not None}}
     if missing := {"hidden_size", "num_attention_heads", "max_position_embeddings"} - entry.keys():
         raise ValueError(f"{min(missing)!r} is missing")
-    for key, supported in {"hidden_act": "silu", "attention_bias": FAMILIES[kind].qkv_bias, "mlp_bias": False,
+    for key, supported in {"hidden_act": "silu", "attention_bias": ARCHITECTURES[kind].qkv_bias, "mlp_bias": False,
                            "partial_rotary_factor": 1, "rope_interleaved": False, "num_experts": 0,
                            "num_local_experts": 0, "quantization_config": {}}.items():
         if entry.get(key, supported) != supported:

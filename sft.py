@@ -234,7 +234,7 @@ def chat_documents(rows: Iterable[tuple[str, Any]], tokenizer: Tokenizer, templa
 #
 # The last two answer in the form of the documents: fine-tuning gives an old ability a new occasion.
 
-FAMILIES = {"kind": 0.25, "package": 0.4, "summary": 0.1, "value": 0.15, "label": 0.1}  # of conversations
+QUESTION_KINDS = {"kind": 0.25, "package": 0.4, "summary": 0.1, "value": 0.15, "label": 0.1}  # of conversations
 FOLLOW_UPS = 8  # questions about one context, at most
 Turns = list[tuple[Any, Any]]  # questions and answers: texts, or ids
 
@@ -292,13 +292,13 @@ def ask_about_context(family: str, tokenizer: Tokenizer, rng: np.random.Generato
 
 def families(tokenizer: Tokenizer) -> list[str]:
     """The families that a tokenizer can write: the symbols are special tokens of "bytes" alone."""
-    return [name for name in FAMILIES if tokenizer.spec == "bytes" or name not in ("value", "label")]
+    return [name for name in QUESTION_KINDS if tokenizer.spec == "bytes" or name not in ("value", "label")]
 
 
 def builtin_conversations(tokenizer: Tokenizer, seed: int, names: Sequence[str], longest: int,
                           held_out: bool = False) -> Iterator[list[Message]]:
     """Conversations without end, of the families `names` by their shares."""
-    rng, shares = np.random.default_rng((seed, held_out)), np.array([FAMILIES[name] for name in names])
+    rng, shares = np.random.default_rng((seed, held_out)), np.array([QUESTION_KINDS[name] for name in names])
     while True:
         family = names[rng.choice(len(names), p=shares / shares.sum())]
         turns = (ask_about_context(family, tokenizer, rng, held_out, longest) if family in ("value", "label")
@@ -493,7 +493,7 @@ class SftConfig(RunConfig):
     max_new_tokens: int = option(512, "longest answer in --chat", parse_length)
 
 
-def choose_stage(config: SftConfig) -> Stage:
+def stage_of(config: SftConfig) -> Stage:
     """The recipe's stage with the command's changes. Raises ValueError for what cannot be."""
     if config.recipe not in STAGES:
         raise ValueError(f"recipe {config.recipe!r} is unknown; choose one of {', '.join(STAGES)}")
@@ -522,12 +522,12 @@ def pack_conversations(run: Run, stage: Stage, config: SftConfig, base: Path) ->
             report, wanted = PackReport(), math.ceil(stage.tokens / stage.seq_len * share) + 1
             sequences = islice(data.pack_sft(documents, stage.seq_len, report), wanted)
             data.write_packed(root / name, sequences, tokenizer, stage.seq_len, name, config.seed, report)
-            run.say(f"{name}: {report.documents_in:,} conversations, {report.tokens_in:,} tokens, of which "
+            run.print0(f"{name}: {report.documents_in:,} conversations, {report.tokens_in:,} tokens, of which "
                     f"{report.tokens_dropped:,} were cut off")
     if run.parallel.main:
         train.pack_domains(stage, root, tokenizer, config.seed)  # what is left: recall
     if read.read:
-        run.say(f"{config.data}: {read.read:,} conversations read, left out {read.without_answer:,} without "
+        run.print0(f"{config.data}: {read.read:,} conversations read, left out {read.without_answer:,} without "
                 f"an answer and {len(read.bad):,} damaged" + "".join(f"\n  {what}" for what in read.bad[:5]))
     dist.barrier()
     return root
@@ -548,11 +548,11 @@ def make_synthetic(config: SftConfig, seq_len: int, tokenizer: Tokenizer, base: 
 def fine_tune(config: SftConfig) -> Path:
     """Evaluate, fine-tune, evaluate again; return the run folder."""
     config = train.config_to_resume(config) if config.resume else config
-    source, state = train.find_source(config)
-    base, _ = train.find_source(replace(config, resume=""))
+    source, state = train.initial_weights(config)
+    base, _ = train.initial_weights(replace(config, resume=""))
     if source is None or base is None:
         raise ValueError("--init is missing: name the model to fine-tune, as in --init runs/tiny")
-    stage, done = choose_stage(config), []  # type: tuple[Stage, list[dict[str, Any]]]
+    stage, done = stage_of(config), []  # type: tuple[Stage, list[dict[str, Any]]]
     model = empty_pretrained(source, torch.float32)
     if stage.seq_len > model.config.max_seq_len:
         raise ValueError(f"sequences of {stage.seq_len:,} tokens are longer than the model's context of "
@@ -601,7 +601,7 @@ class Conversation:
 
 def chat(config: SftConfig) -> None:
     """A conversation on the terminal. Ctrl-C stops an answer; between answers it leaves, like Ctrl-D."""
-    folder = train.find_source(RunConfig(init=config.chat))[0] or Path(config.chat)
+    folder = train.initial_weights(RunConfig(init=config.chat))[0] or Path(config.chat)
     model, tokenizer = load_pretrained(folder), data.tokenizer_for(folder, config.tokenizer)
     talk, answering = Conversation(model, tokenizer, config.template), [False]
 
@@ -633,7 +633,7 @@ def chat(config: SftConfig) -> None:
 
 def main() -> None:
     config = data.parse_cli(SftConfig, __doc__)
-    train.end_in_one_line("sft.py", lambda: chat(config) if config.chat else fine_tune(config))
+    train.run_and_exit("sft.py", lambda: chat(config) if config.chat else fine_tune(config))
 
 
 if __name__ == "__main__":

@@ -70,6 +70,7 @@ from data import (
     arrange_step,
     format_length,
     load_tokenizer,
+    make_batch,
     option,
     pack_builtin,
     parse_cli,
@@ -82,11 +83,11 @@ from data import (
     write_packed,
 )
 from model import (
-    Levers,
+    MemoryOptions,
     ModelConfig,
     Parallel,
     Transformer,
-    choose_backend,
+    backend_for,
     cpu_has_bf16,
     crosses_ranks,
     device_peak_flops,
@@ -299,32 +300,32 @@ def scheduled(stage: Stage, config: RunConfig) -> Stage:
 
 
 @dataclass(frozen=True)
-class StepPlan:
+class StepLayout:
     """How a step's sequences are dealt: derived once from stage and ranks."""
 
     sequences: int  # per step, over all ranks
     per_batch: int  # sequences of one micro-batch
     grad_accum_steps: int
 
-    @staticmethod
-    def of(stage: Stage, parallel: Parallel, micro_batch_tokens: int | None) -> StepPlan:
-        """Raises ValueError, with the numbers, when they don't divide."""
-        seq_len, dp = stage.seq_len, parallel.dp_size
-        sequences = stage.batch_tokens // seq_len
-        if stage.batch_tokens % seq_len or sequences % dp:
-            raise ValueError(f"batch_tokens={stage.batch_tokens:,} is not a whole number of sequences of "
-                             f"{seq_len:,} for {dp} data-parallel ranks; choose a multiple of "
-                             f"{seq_len * dp:,}")
-        per_rank = sequences // dp
-        micro = micro_batch_tokens or _default_per_batch(per_rank, seq_len, parallel) * seq_len
-        per_batch = micro // seq_len
-        if micro % seq_len or per_batch < 1 or per_rank % per_batch:
-            raise ValueError(f"micro_batch_tokens={micro:,} does not divide a rank's {per_rank} sequences "
-                             f"of {seq_len:,} tokens; choose a multiple of {seq_len:,} that does")
-        if per_batch * seq_len % parallel.sp_size:
-            raise ValueError(f"micro-batches of {per_batch * seq_len:,} tokens cannot be cut into "
-                             f"{parallel.sp_size} equal shares; choose another seq_parallel_size")
-        return StepPlan(sequences, per_batch, per_rank // per_batch)
+
+def step_layout(stage: Stage, parallel: Parallel, micro_batch_tokens: int | None) -> StepLayout:
+    """Raises ValueError, with the numbers, when they don't divide."""
+    seq_len, dp = stage.seq_len, parallel.dp_size
+    sequences = stage.batch_tokens // seq_len
+    if stage.batch_tokens % seq_len or sequences % dp:
+        raise ValueError(f"batch_tokens={stage.batch_tokens:,} is not a whole number of sequences of "
+                         f"{seq_len:,} for {dp} data-parallel ranks; choose a multiple of "
+                         f"{seq_len * dp:,}")
+    per_rank = sequences // dp
+    micro = micro_batch_tokens or _default_per_batch(per_rank, seq_len, parallel) * seq_len
+    per_batch = micro // seq_len
+    if micro % seq_len or per_batch < 1 or per_rank % per_batch:
+        raise ValueError(f"micro_batch_tokens={micro:,} does not divide a rank's {per_rank} sequences "
+                         f"of {seq_len:,} tokens; choose a multiple of {seq_len:,} that does")
+    if per_batch * seq_len % parallel.sp_size:
+        raise ValueError(f"micro-batches of {per_batch * seq_len:,} tokens cannot be cut into "
+                         f"{parallel.sp_size} equal shares; choose another seq_parallel_size")
+    return StepLayout(sequences, per_batch, per_rank // per_batch)
 
 
 def _default_per_batch(per_rank: int, seq_len: int, parallel: Parallel) -> int:
@@ -349,7 +350,7 @@ def default_seq_parallel_size(n_heads: int, n_kv_heads: int, stage: Stage, world
         "--batch-tokens, or let a rank hold more than 64K of a sequence's tokens with --seq-parallel-size")
 
 
-def choose_dtype(name: str, device: torch.device, dim: int) -> tuple[torch.dtype, str]:
+def dtype_for(name: str, device: torch.device, dim: int) -> tuple[torch.dtype, str]:
     """The dtype to compute in, and why. Weights and the sums of their gradients stay in float32.
 
     By what the device is, never by timing, so that runs repeat. Between its matmuls a CPU widens bfloat16 to
@@ -423,7 +424,7 @@ class LoadedStep:
     sp_exchanged: float  # share of micro-batches in which a document lies on two ranks
 
 
-def load_steps(mixture: Mixture, steps: int, plan: StepPlan, parallel: Parallel,
+def load_steps(mixture: Mixture, steps: int, plan: StepLayout, parallel: Parallel,
                reorder: bool) -> Iterator[LoadedStep]:
     """Draw and join `steps` steps, each in another thread while the one before it is trained."""
 
@@ -432,7 +433,7 @@ def load_steps(mixture: Mixture, steps: int, plan: StepPlan, parallel: Parallel,
         dealt = arrange_step(sequences, parallel.dp_size, plan.per_batch, reorder)
         crossing = [crosses_ranks([n for s in part for n in s.doc_lens], parallel.sp_size)
                     for ranks in dealt for part in ranks]
-        return LoadedStep(sequences, [Batch.of(ranks[parallel.dp_rank]) for ranks in dealt],
+        return LoadedStep(sequences, [make_batch(ranks[parallel.dp_rank]) for ranks in dealt],
                           dict(mixture.drawn), sum(crossing) / len(crossing))
 
     with ThreadPoolExecutor(1) as loader:
@@ -454,7 +455,7 @@ def count_weights(config: ModelConfig) -> tuple[int, int]:
     return block, config.dim * (config.vocab_size * (1 if config.tie_embeddings else 2) + 1)
 
 
-def memory_per_rank(config: ModelConfig, levers: Levers, tokens: int, world_size: int, itemsize: int = 2,
+def memory_per_rank(config: ModelConfig, levers: MemoryOptions, tokens: int, world_size: int, itemsize: int = 2,
                     master_bytes: int = 4, host_optimizer: bool = False) -> dict[str, int]:
     """Bytes that a rank with `tokens` tokens needs at the worst moment of a step, part by part.
 
@@ -488,12 +489,12 @@ def memory_per_rank(config: ModelConfig, levers: Levers, tokens: int, world_size
                     f"at work: a block's {'MLP' if in_mlp > in_attention else 'attention'}": in_block}
 
 
-LADDER = (Levers(), Levers(activations="recompute"), Levers(activations="recompute", mlp_tile_tokens=8192),
-          Levers(activations="offload", mlp_tile_tokens=8192))  # from the fastest to the smallest
+MEMORY_OPTIONS = (MemoryOptions(), MemoryOptions(activations="recompute"), MemoryOptions(activations="recompute", mlp_tile_tokens=8192),
+          MemoryOptions(activations="offload", mlp_tile_tokens=8192))  # from the fastest to the smallest
 
 
-def choose_levers(config: RunConfig, shape: ModelConfig, tokens: int, world_size: int, itemsize: int,
-                  memory_bytes: float, device: str) -> tuple[Levers, str]:
+def memory_options_for(config: RunConfig, shape: ModelConfig, tokens: int, world_size: int, itemsize: int,
+                  memory_bytes: float, device: str) -> tuple[MemoryOptions, str]:
     """What the command asks for, and where it says auto the fastest that fits; and why.
 
     No lever changes a number, so the choice may depend on the machine's memory. A tenth of it stays free.
@@ -504,13 +505,13 @@ def choose_levers(config: RunConfig, shape: ModelConfig, tokens: int, world_size
                          "this is the host; drop them")
     tile, master = config.mlp_tile_tokens, MASTER[config.master].itemsize
 
-    def needs(levers: Levers) -> float:
+    def needs(levers: MemoryOptions) -> float:
         return sum(memory_per_rank(shape, levers, tokens, world_size, itemsize, master,
                                    config.host_optimizer).values())
 
     ladder = [replace(levers, loss_chunk_tokens=config.loss_chunk_tokens,
                       mlp_tile_tokens=levers.mlp_tile_tokens if tile is None else tile)
-              for levers in LADDER if (levers.activations != "offload" or device != "cpu")]
+              for levers in MEMORY_OPTIONS if (levers.activations != "offload" or device != "cpu")]
     if config.activations != "auto":
         return (replace(ladder[0], activations=config.activations),
                 f"{needs(replace(ladder[0], activations=config.activations)) / 2**30:.2f} GiB planned")
@@ -550,7 +551,7 @@ def shard_model(model: Transformer, parallel: Parallel, dtype: torch.dtype,
             module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "loss")
     register_fsdp_forward_method(model, "logits")
-    register_fsdp_forward_method(model, "hits")
+    register_fsdp_forward_method(model, "is_right")
     return model
 
 
@@ -627,7 +628,7 @@ def train_step(model: Transformer, optimizer: torch.optim.Optimizer, batches: Se
 
 
 @contextmanager
-def all_ranks_must(parallel: Parallel, what: str) -> Iterator[None]:
+def fail_together(parallel: Parallel, what: str) -> Iterator[None]:
     """Around what counts only if all ranks manage it: if one can't write, OSError on all, and none waits."""
     from safetensors import SafetensorError
 
@@ -652,13 +653,13 @@ def save_checkpoint(folder: Path, model: Transformer, optimizer: torch.optim.Opt
     aside, what = replaced_folder(folder), f"write {folder}"
     shards = [_optimizer_file(rank, parallel.world_size) for rank in range(parallel.world_size)]
     try:
-        with all_ranks_must(parallel, what):
+        with fail_together(parallel, what):
             if parallel.main:
                 aside.__enter__()
                 wanted = 3 * sum(p.numel() * p.element_size() for p in model.parameters())  # and two moments
                 if (free := shutil.disk_usage(aside.temporary).free) < wanted:
                     raise OSError(f"it takes {wanted / 2**30:.2f} GiB, and {free / 2**30:.2f} are free")
-        with all_ranks_must(parallel, what):
+        with fail_together(parallel, what):
             write_model(model, aside.temporary, parallel.main)  # first: gathering takes all ranks
             tensors: dict[str, Tensor] = {}
             for name, weight in model.named_parameters():
@@ -667,7 +668,7 @@ def save_checkpoint(folder: Path, model: Transformer, optimizer: torch.optim.Opt
                     tensors[f"{name}/{key}"] = local.detach().cpu().contiguous()
             save_file(tensors, aside.temporary / shards[parallel.rank])
         sums = hash_files(aside.temporary, shards, parallel)
-        with all_ranks_must(parallel, what):
+        with fail_together(parallel, what):
             if unread := [name for name, known in sums.items() if not known.strip("0")]:
                 raise OSError(f"{unread[0]} can't be read again")
             if parallel.main:
@@ -904,7 +905,7 @@ class Run:
     def checkpoint(self, stage: Stage, step: int) -> Path:
         return self.folder / "checkpoints" / f"{stage.name}-{step}"
 
-    def say(self, text: str) -> None:
+    def print0(self, text: str) -> None:
         if self.parallel.main:
             print(text, flush=True)
 
@@ -925,7 +926,7 @@ class Run:
         saved = any((self.folder / "checkpoints").glob("*/state.json"))
         hint = f"go on with --resume {self.folder}" if saved else "it has no checkpoint yet"
         if isinstance(error, Stopped):
-            self.say(f"stopped as asked; {hint}")
+            self.print0(f"stopped as asked; {hint}")
             raise SystemExit(0)
         if isinstance(error, KeyboardInterrupt):
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C doesn't wait for anything
@@ -948,7 +949,7 @@ class Run:
         except OSError as error:
             if self.config.on_save_error == "stop" or step == stage.steps or self.asked_to_stop:
                 raise
-            self.say(f"{error}; going on without. The checkpoints before it are whole")
+            self.print0(f"{error}; going on without. The checkpoints before it are whole")
         self.saved_at = time.monotonic()
         self.saves.append(self.saved_at - begin)
 
@@ -987,15 +988,15 @@ def open_mixture(run: Run, stage: Stage, data: Path,
 def run_stage(run: Run, stage: Stage, data: Path, resumed: dict[str, Any] | None = None) -> None:
     """Train one stage on the packed domains in `data`, or what `resumed` leaves of it, and save it."""
     config, parallel = run.config, run.parallel
-    plan = StepPlan.of(stage, parallel, config.micro_batch_tokens)
+    plan = step_layout(stage, parallel, config.micro_batch_tokens)
     mixture, made_of = open_mixture(run, stage, data, resumed)
     if stage.rope_theta is not None:
         run.model.set_rope(stage.rope_theta, stage.seq_len)
-    dtype, _ = choose_dtype(config.dtype, parallel.device, run.model.config.dim)
-    levers, why = choose_levers(config, run.model.config, plan.per_batch * stage.seq_len // parallel.sp_size,
+    dtype, _ = dtype_for(config.dtype, parallel.device, run.model.config.dim)
+    levers, why = memory_options_for(config, run.model.config, plan.per_batch * stage.seq_len // parallel.sp_size,
                                 parallel.world_size, dtype.itemsize, memory_there(parallel.device),
                                 parallel.device.type)
-    run.model.set_levers(levers, parallel.device)
+    run.model.set_memory_options(levers, parallel.device)
     announce_stage(run, stage, plan, mixture, why)
     first, skipped = resumed["step"] if resumed else 0, 0
     peak = device_peak_flops(parallel.device, dtype) * parallel.world_size
@@ -1015,7 +1016,7 @@ def run_stage(run: Run, stage: Stage, data: Path, resumed: dict[str, Any] | None
                       f"Its sequences: {', '.join(s.source for s in loaded.sequences)}")
             if config.on_diverge == "stop" or skipped > MAX_SKIPPED:
                 raise Diverged(report) from None
-            run.say(f"skipped: {report}")
+            run.print0(f"skipped: {report}")
         else:
             skipped = 0
             seconds = time.monotonic() - step_begin
@@ -1041,34 +1042,34 @@ def run_stage(run: Run, stage: Stage, data: Path, resumed: dict[str, Any] | None
     run.stepping = False
     run.log.stop()
     if run.saves:
-        run.say(f"checkpoints: {len(run.saves)} saved in {sum(run.saves):.1f} s, "
+        run.print0(f"checkpoints: {len(run.saves)} saved in {sum(run.saves):.1f} s, "
                 f"{sum(run.saves) / (time.monotonic() - begin):.1%} of the time")
     for name, epochs in mixture.epochs().items():
         if epochs > 1:
-            run.say(f"note: {name} was seen {epochs:.1f} times; its sequences repeated")
+            run.print0(f"note: {name} was seen {epochs:.1f} times; its sequences repeated")
 
 
-def announce_stage(run: Run, stage: Stage, plan: StepPlan, mixture: Mixture, memory: str) -> None:
+def announce_stage(run: Run, stage: Stage, plan: StepLayout, mixture: Mixture, memory: str) -> None:
     """Say what runs, with the sum that makes a step, and which choices were made and why."""
     parallel = run.parallel
-    dtype, why = choose_dtype(run.config.dtype, parallel.device, run.model.config.dim)
+    dtype, why = dtype_for(run.config.dtype, parallel.device, run.model.config.dim)
     backend, backend_why = run.model.backend, "as asked"
     if backend == "auto":
-        backend, backend_why = choose_backend(parallel.device, dtype)
+        backend, backend_why = backend_for(parallel.device, dtype)
     trained = {name: share * mixture.datasets[name].trained_share for name, share in mixture.shares.items()}
     real = sum(share for name, share in trained.items() if name.partition("-")[0] in REAL_TEXT)
     embedded = all(name.partition("-")[0] in REAL_TEXT | SYNTHETIC_DOMAINS.keys() for name in trained)
-    run.say(f"\nstage {stage.name}: {stage.steps:,} steps, rope_theta {run.model.config.rope_theta:g}, "
+    run.print0(f"\nstage {stage.name}: {stage.steps:,} steps, rope_theta {run.model.config.rope_theta:g}, "
             f"{sum(trained.values()):.1%} of its tokens are trained"
             + (f", {real / sum(trained.values()):.0%} of those are real text\n" if embedded else "\n") +
             f"  {parallel.world_size} ranks / {parallel.sp_size} sp = {parallel.dp_size} dp x "
             f"{plan.per_batch * stage.seq_len:,} x {plan.grad_accum_steps} accum = "
             f"{stage.batch_tokens:,} tokens/step; sequences of {stage.seq_len:,}\n"
             f"  compute {str(dtype)[6:]} ({why}), attention {backend} ({backend_why}), {parallel.device}\n"
-            f"  memory: {run.model.levers} ({memory})")
+            f"  memory: {run.model.memory} ({memory})")
     for name, share in mixture.shares.items():
         meta = mixture.datasets[name].meta
-        run.say(f"  {share:>6.1%} {name:<16} {meta['sequences']:>6,} sequences, {meta['documents']:>7,} "
+        run.print0(f"  {share:>6.1%} {name:<16} {meta['sequences']:>6,} sequences, {meta['documents']:>7,} "
                 f"documents, sha256 {meta['sha256'][:12]}")
 
 
@@ -1109,7 +1110,7 @@ def start_run(config: RunConfig, default_out: str, model: Transformer, stages: S
     tokenizer = tokenizer_for(source, config.tokenizer) if source else load_tokenizer(config.tokenizer)
     parallel = start_parallel(config, model, stages)
     model.backend = config.attention
-    dtype, _ = choose_dtype(config.dtype, parallel.device, model.config.dim)
+    dtype, _ = dtype_for(config.dtype, parallel.device, model.config.dim)
     if config.compile == "on" or (config.compile == "auto" and parallel.device.type == "cuda"):
         model.compile_blocks()  # not on a CPU unless asked: it needs a C++ compiler, and a while
     model = model if source else model.to(parallel.device, MASTER[config.master])
@@ -1124,12 +1125,12 @@ def start_run(config: RunConfig, default_out: str, model: Transformer, stages: S
     seen = state["tokens_seen"] if config.resume and state else 0
     run = Run(config, folder, parallel, tokenizer, model,
               make_optimizer(model, config.weight_decay), Log(folder, parallel, seen), seen)
-    run.say(f"run folder: {folder}; torch {torch.__version__}; "
+    run.print0(f"run folder: {folder}; torch {torch.__version__}; "
             f"{sum(p.numel() for p in model.parameters()):,} parameters")
     if source and state:
         load_checkpoint(source, model, run.optimizer)
     if source:
-        run.say(f"start: {source}, " + ("with Adam's moments" if state else "weights alone"))
+        run.print0(f"start: {source}, " + ("with Adam's moments" if state else "weights alone"))
     return run
 
 
@@ -1137,7 +1138,7 @@ def train(config: TrainConfig) -> Path:
     """Run the chosen stages, or what is left of them; return the run folder."""
     config = config_to_resume(config) if config.resume else config
     tokenizer = load_tokenizer(config.tokenizer)
-    source, state = find_source(config)
+    source, state = initial_weights(config)
     if source:
         model = empty_pretrained(source, MASTER[config.master])
     else:
@@ -1189,7 +1190,7 @@ def config_to_resume(config: Config) -> Config:
     return kind(**before | given | {"resume": config.resume, "out": config.resume})
 
 
-def find_source(config: RunConfig) -> tuple[Path | None, dict[str, Any] | None]:
+def initial_weights(config: RunConfig) -> tuple[Path | None, dict[str, Any] | None]:
     """The folder whose weights to start from, and its training state if it is one of our checkpoints.
 
     Its files are checked by their sums. A run to resume that has no checkpoint yet begins as it did before.
@@ -1249,7 +1250,7 @@ def make_run_folder(config: RunConfig, default: str, parallel: Parallel) -> Path
     return folder
 
 
-def end_in_one_line(name: str, work: Callable[[], Any]) -> None:
+def run_and_exit(name: str, work: Callable[[], Any]) -> None:
     """Run `work`. However it ends, the ranks' group ends with it, and rank 0 says it for all."""
     code, report = 0, ""
     try:
@@ -1288,22 +1289,22 @@ def print_plan(config: TrainConfig) -> None:
 def print_memory_plan(config: TrainConfig, shape: ModelConfig, tokens: int, world: int) -> None:
     """What each lever leaves a rank to hold, then the parts of what this command would take."""
 
-    def parts(levers: Levers, host_optimizer: bool) -> dict[str, int]:
+    def parts(levers: MemoryOptions, host_optimizer: bool) -> dict[str, int]:
         return memory_per_rank(shape, levers, tokens, world, 2, MASTER[config.master].itemsize,
                                host_optimizer)
 
-    rungs = {"everything kept, all logits at once": (replace(LADDER[0], loss_chunk_tokens=0), False),
-             "recompute blocks, all logits at once": (replace(LADDER[1], loss_chunk_tokens=0), False),
-             "everything kept, logits in chunks": (LADDER[0], False), "recompute blocks": (LADDER[1], False),
-             "and the MLP in tiles": (LADDER[2], False), "and block inputs on the host": (LADDER[3], False),
-             "and weights and Adam on the host": (LADDER[3], True)}
+    rungs = {"everything kept, all logits at once": (replace(MEMORY_OPTIONS[0], loss_chunk_tokens=0), False),
+             "recompute blocks, all logits at once": (replace(MEMORY_OPTIONS[1], loss_chunk_tokens=0), False),
+             "everything kept, logits in chunks": (MEMORY_OPTIONS[0], False), "recompute blocks": (MEMORY_OPTIONS[1], False),
+             "and the MLP in tiles": (MEMORY_OPTIONS[2], False), "and block inputs on the host": (MEMORY_OPTIONS[3], False),
+             "and weights and Adam on the host": (MEMORY_OPTIONS[3], True)}
     fitting = []
     print(f"  {'what each lever leaves a rank to hold':<46} {'GiB':>8}")
     for name, rung in rungs.items():
         size = sum(parts(*rung).values())
         fitting += [name] if size < 0.95 * PLAN_GPU_BYTES else []
         print(f"  {name:<46} {size / 2**30:>8.1f}  {'fits' if name in fitting else '-'}")
-    levers, _ = choose_levers(config, shape, tokens, world, 2, PLAN_GPU_BYTES, "cuda")
+    levers, _ = memory_options_for(config, shape, tokens, world, 2, PLAN_GPU_BYTES, "cuda")
     mine = parts(levers, config.host_optimizer)
     total = sum(mine.values())
     print(f"  this command: {levers}")
@@ -1337,7 +1338,7 @@ def main() -> None:
         return print_plan(config)
     if config.world_size:
         raise ValueError("--world-size is for --plan; to train on several ranks, start with torchrun")
-    end_in_one_line("train.py", lambda: train(config))
+    run_and_exit("train.py", lambda: train(config))
 
 
 if __name__ == "__main__":

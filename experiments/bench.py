@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from model import (  # noqa: E402
-    Levers,
+    MemoryOptions,
     ModelConfig,
     Transformer,
     device_peak_flops,
@@ -48,10 +48,10 @@ def tokens(n: int) -> torch.Tensor:
 
 
 def our_step(dtype: torch.dtype, doc_lens: tuple[int, ...], compiled: bool = False,
-             levers: Levers | None = None) -> Callable[[], None]:
+             levers: MemoryOptions | None = None) -> Callable[[], None]:
     """A function that runs our forward and backward once."""
     model = Transformer(CONFIG).init_weights(0).to(dtype)
-    model.set_levers(levers or Levers(), CPU)
+    model.set_memory_options(levers or MemoryOptions(), CPU)
     if compiled:
         model.compile_blocks()
     ids = tokens(sum(doc_lens))
@@ -124,7 +124,7 @@ def measure_alone(n: int, activations: str, tile: int, dtype: str, repeat: int) 
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
 
-    step = our_step(getattr(torch, dtype), (512,) * (n // 512), levers=Levers(8192, activations, tile))
+    step = our_step(getattr(torch, dtype), (512,) * (n // 512), levers=MemoryOptions(8192, activations, tile))
     seconds = []
     for _ in range(repeat):
         begin = time.perf_counter()

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 
 import data
-from data import Batch, Mixture, PackedDataset, TokenizeConfig, load_tokenizer, option, parse_cli
+from data import Mixture, PackedDataset, TokenizeConfig, load_tokenizer, make_batch, option, parse_cli
 
 SEQ_LEN = 65_536
 
@@ -138,7 +138,7 @@ def loader_speed(documents: Path) -> None:
 
         def read(_: Path) -> None:
             for sequence in mixture.draw(len(dataset)):
-                Batch.of([sequence])  # and let go of it, as training does
+                make_batch([sequence])  # and let go of it, as training does
 
         clock, cpu = best_of_three(read)
         tokens = len(dataset) * SEQ_LEN

@@ -67,7 +67,7 @@ def fork(work: Callable[[], object], output: Path) -> int:
         with open(output, "ab", buffering=0) as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        data.run_main(lambda: train.end_in_one_line("train.py", work))
+        data.run_main(lambda: train.run_and_exit("train.py", work))
     except SystemExit as end:
         code = int(end.code or 0)
     except BaseException:

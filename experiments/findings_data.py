@@ -239,7 +239,7 @@ def loss_weights(seed: int, quick: bool) -> Measured:
     tokens, or the sequences, or the documents. Exact: packs are counted, nothing is trained.
     """
     config = sft.SftConfig(seq=2048, synthetic_share=0.1, seed=seed)
-    stage, tokenizer = sft.choose_stage(config), data.load_tokenizer()
+    stage, tokenizer = sft.stage_of(config), data.load_tokenizer()
     sources = neighbours.sources_by_rule(Path(), tokenizer, "llama3", 2048, 50, seed)
     synthetic = sft.synthetic_documents(sources, tokenizer, "llama3", 2048, seed)
     streams = {"chat": data.pack_sft(sft.builtin_documents(tokenizer, config, 2048), 2048),

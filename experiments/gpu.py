@@ -30,7 +30,7 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import Batch, PackedSequence, option, parse_cli, run_main  # noqa: E402
+from data import PackedSequence, make_batch, option, parse_cli, run_main  # noqa: E402
 from experiments.parallel_speed import sequence, short_documents  # noqa: E402
 from model import (  # noqa: E402
     BACKENDS,
@@ -41,7 +41,7 @@ from model import (  # noqa: E402
     init_parallel,
     preset_config,
 )
-from train import TrainConfig, choose_levers, make_optimizer, memory_there, shard_model, train_step  # noqa: E402
+from train import TrainConfig, make_optimizer, memory_options_for, memory_there, shard_model, train_step  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,15 @@ def one_training(name: str, packs: list[PackedSequence], parallel: Parallel, ste
     dtype = torch.bfloat16 if gpu else torch.float32
     shape = preset_config(name, 295)
     model = Transformer(shape).to(device).init_weights(0)
-    levers, _ = choose_levers(TrainConfig(), shape, len(packs[0].input_ids), 1, dtype.itemsize,
+    levers, _ = memory_options_for(TrainConfig(), shape, len(packs[0].input_ids), 1, dtype.itemsize,
                               memory_there(device), device.type)
-    model.set_levers(levers, device)
+    model.set_memory_options(levers, device)
     model.compile_blocks()
     model = shard_model(model, parallel, dtype)
     optimizer = make_optimizer(model, 0.1)
     seconds, compiled = [], []
     for step in range(2 + steps):
-        batch = Batch.of([packs[step % len(packs)]])
+        batch = make_batch([packs[step % len(packs)]])
         begin = time.perf_counter()
         train_step(model, optimizer, [batch], 1e-5, parallel)  # ends by reading the loss: the device is done
         seconds.append(time.perf_counter() - begin)

@@ -32,7 +32,7 @@ import torch.multiprocessing as mp
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import Batch, PackedSequence, arrange_step  # noqa: E402
+from data import PackedSequence, arrange_step, make_batch  # noqa: E402
 from model import Transformer, flops_per_step, init_parallel, preset_config  # noqa: E402
 from train import RECIPES, SHORT_MIX, make_optimizer, shard_model, train_step  # noqa: E402
 
@@ -90,7 +90,7 @@ def worker(rank: int, world: int, threads: int, sp_size: int, jobs: list[dict[st
         for job in jobs:
             sequences = [sequence(lens, i) for i, lens in enumerate(job["packs"])]
             dealt = arrange_step(sequences, parallel.dp_size, 1, job["reorder"])
-            batches = [Batch.of(ranks[parallel.dp_rank]) for ranks in dealt]
+            batches = [make_batch(ranks[parallel.dp_rank]) for ranks in dealt]
             dist.barrier()
             begin = time.perf_counter()
             train_step(model, optimizer, batches, 1e-4, parallel)

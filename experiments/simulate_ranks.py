@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import option, parse_cli, parse_length, run_main
 from model import (
     BACKENDS,
-    Levers,
+    MemoryOptions,
     Transformer,
     attention_sdpa,
     flops_per_step,
@@ -68,7 +68,7 @@ def simulate(config: SimulateConfig, **changes: Any) -> dict[str, Any]:
     from torch.distributed._tools.mem_tracker import MemTracker
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    levers = Levers(config.loss_chunk_tokens, config.activations, config.mlp_tile_tokens)
+    levers = MemoryOptions(config.loss_chunk_tokens, config.activations, config.mlp_tile_tokens)
     shape = replace(preset_config(config.model, 295), max_seq_len=config.seq, **changes)
     doc_lens = (config.seq // config.documents,) * config.documents
     cu_seqlens = torch.tensor([0, *accumulate(doc_lens)])
@@ -82,7 +82,7 @@ def simulate(config: SimulateConfig, **changes: Any) -> dict[str, Any]:
                 stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             with device:
                 model = Transformer(shape)
-            model.set_levers(levers, device)
+            model.set_memory_options(levers, device)
             if config.fake_tensors:  # a fake cu_seqlens cannot be read; the true one can
                 BACKENDS["shapes"] = lambda q, k, v, _, longest: attention_sdpa(q, k, v, cu_seqlens, longest)
                 model.backend = "shapes"

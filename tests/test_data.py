@@ -35,7 +35,6 @@ from hypothesis import strategies as st
 import data
 from data import (
     IGNORE_INDEX,
-    Batch,
     Document,
     Mixture,
     PackConfig,
@@ -47,6 +46,7 @@ from data import (
     arrange_step,
     format_length,
     load_tokenizer,
+    make_batch,
     option,
     pack_builtin,
     pack_long,
@@ -59,6 +59,7 @@ from data import (
     write_packed,
 )
 from model import crosses_ranks
+from support import cli
 
 ROOT = Path(__file__).parent.parent
 
@@ -119,7 +120,7 @@ class Options:
 
 
 def _option_strings(config: type) -> set[str]:
-    parser = data._Parser(add_help=False)
+    parser = cli._Parser(add_help=False)
     add_config_args(parser, config)
     return {flag for action in parser._actions for flag in action.option_strings}
 
@@ -402,7 +403,7 @@ def test_batch_by_hand():
     one = PackedSequence(np.arange(10, 18, dtype=np.uint32), (3, 5), None, "one[0]")
     mask = np.array([1, 0, 1, 1, 0, 0, 1, 1], bool)
     two = PackedSequence(np.arange(20, 28, dtype=np.uint32), (1, 7), mask, "two[4]")
-    batch = Batch.of([one, two])
+    batch = make_batch([one, two])
     assert batch.input_ids.tolist() == [*range(10, 18), *range(20, 28)]
     assert batch.labels.tolist() == [11, 12, no, 14, 15, 16, 17, no,
                                      no, 22, 23, no, no, 26, 27, no]
@@ -416,12 +417,12 @@ def test_batch_by_hand():
 def test_packed_labels_are_those_of_separate_documents(documents, seq_len):
     """Batching many documents gives each the labels it has in a batch of its own: nothing crosses."""
     sequences = list(pack_short(documents, seq_len))
-    packed = Batch.of(sequences)
+    packed = make_batch(sequences)
     separate, ids, flags = [], *laid_end_to_end(sequences)
     for n in packed.doc_lens:
         mine, mask = np.array(ids[:n], np.uint32), np.array(flags[:n])
         del ids[:n], flags[:n]
-        alone = Batch.of([PackedSequence(mine, (n,), mask)])
+        alone = make_batch([PackedSequence(mine, (n,), mask)])
         assert alone.labels.tolist() == [int(i) if flag else IGNORE_INDEX
                                          for i, flag in zip(mine[1:], mask[1:], strict=True)] + [IGNORE_INDEX]
         separate.append(alone.labels)
@@ -436,7 +437,7 @@ def test_packed_labels_are_those_of_separate_documents(documents, seq_len):
 @given(SOME_DOCUMENTS, st.sampled_from([1, 2, 3, 4, 8, 24]))
 def test_shards_laid_end_to_end_are_the_batch(documents, sp_size):
     """The ranks' shares, in rank order, are the whole, equally long, labels included."""
-    batch = Batch.of(list(pack_short(documents, 24)))
+    batch = make_batch(list(pack_short(documents, 24)))
     ids, labels = zip(*(batch.shard(rank, sp_size) for rank in range(sp_size)), strict=True)
     assert torch.equal(torch.cat(ids), batch.input_ids)
     assert torch.equal(torch.cat(labels), batch.labels)

@@ -359,7 +359,7 @@ class PowerCut(BaseException):
 
 def cut_power(monkeypatch, at: int) -> None:
     """Die at the n-th fsync: every rename comes just after one."""
-    calls, honest = [], data._fsync
+    calls, honest = [], data.fsync
 
     def fsync(path: Path) -> None:
         calls.append(path)

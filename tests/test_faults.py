@@ -169,7 +169,7 @@ def test_what_a_dead_writer_leaves(copy, finished, left):
         shutil.copytree(newest, newest.with_suffix(".old"))
     else:
         newest.rename(newest.with_suffix(".writing"))
-    found, _ = train.find_source(TrainConfig(resume=str(copy)))
+    found, _ = train.initial_weights(TrainConfig(resume=str(copy)))
     assert found.name == ("base-6" if left == "writing" else f"base-{STEPS}")
     assert resume(copy) and tensors(copy).keys() == tensors(finished).keys()
     assert [name for name in names(copy) if "writing" in name] == []
@@ -267,7 +267,7 @@ def test_ctrl_c_says_where_to_go_on(tmp_path, during, capsys):
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             with pytest.raises(SystemExit) as ended:
-                train.end_in_one_line("train.py", lambda f=folder, n=every: run(f, save_every=n))
+                train.run_and_exit("train.py", lambda f=folder, n=every: run(f, save_every=n))
             assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
         finally:
             signal.signal(signal.SIGINT, before)

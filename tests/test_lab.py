@@ -23,13 +23,13 @@ from findings_data import language_reference, prose_haystack  # noqa: E402
 
 import eval as evaluation  # noqa: E402
 import sft  # noqa: E402
-from data import (  # noqa: E402
-    Batch,
+from data import (
     PackedDataset,
     PackedSequence,
     PackReport,
     format_length,
     load_tokenizer,
+    make_batch,  # noqa: E402
     pack_builtin,
     parse_cli,
     parse_length,
@@ -160,8 +160,8 @@ def test_without_masks_keeps_tokens_and_labels(tmp_path):
     after = list(without_masks(PackedDataset(tmp_path / "x"), 0))
     for a, b in zip(before, after, strict=True):
         assert b.doc_lens == (64,)
-        np.testing.assert_array_equal(Batch.of([a]).input_ids, Batch.of([b]).input_ids)
-        np.testing.assert_array_equal(Batch.of([a]).labels, Batch.of([b]).labels)
+        np.testing.assert_array_equal(make_batch([a]).input_ids, make_batch([b]).input_ids)
+        np.testing.assert_array_equal(make_batch([a]).labels, make_batch([b]).labels)
 
 
 @pytest.mark.parametrize("name", ["few", "many", "recall_prose"])

@@ -16,7 +16,8 @@ import train
 
 ROOT = Path(__file__).parent.parent
 ORDER = ["data", "model", "eval", "train", "sft"]  # each may import what stands before it
-FILES = [ROOT / f"{name}.py" for name in ORDER if (ROOT / f"{name}.py").exists()]
+FILES = [ROOT / f"{name}.py" for name in ORDER]
+SUPPORT = sorted((ROOT / "support").glob("*.py"))
 
 
 def imported(path: Path) -> set[str]:
@@ -32,21 +33,41 @@ def imported(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_imports_point_one_way(path):
-    """data and model import nothing of ours; eval, train and sft only what stands to their left."""
+    """data and model import none of the five; eval, train and sft only what stands to their left."""
     allowed = set() if path.stem in ("data", "model") else set(ORDER[:ORDER.index(path.stem)])
     assert imported(path) & set(ORDER) <= allowed
 
 
+@pytest.mark.parametrize("path", SUPPORT, ids=lambda path: path.stem)
+def test_support_is_a_leaf(path):
+    """Plumbing knows strings, arrays and tensors, never one of the five files; and none of it is long."""
+    assert not imported(path) & set(ORDER)
+    assert len(path.read_text().splitlines()) <= 350
+
+
+BUDGETS = {"data": 700, "model": 900, "eval": 600, "train": 750, "sft": 360}  # lines, explanation included
+
+
+def test_the_five_files_are_an_afternoon():
+    """Lines and bytes, so that the one is not bought with the other."""
+    texts = {path.stem: path.read_text() for path in FILES}
+    lines = {name: len(text.splitlines()) for name, text in texts.items()}
+    assert all(lines[name] <= most for name, most in BUDGETS.items()), lines
+    assert sum(lines.values()) <= 3200, lines
+    assert sum(len(text.encode()) for text in texts.values()) <= 160_000
+    assert sum(len(path.read_text().splitlines()) for path in SUPPORT) <= 2100
+
+
 def test_training_on_packed_data_needs_five_packages():
     """Everything else (datasets, matplotlib, transformers) is imported inside the function that uses it."""
-    for path in FILES:
+    for path in [*FILES, *SUPPORT]:
         top = ast.parse(path.read_text())
         top.body = [node for node in top.body if isinstance(node, ast.Import | ast.ImportFrom)]
         names = {alias.name.partition(".")[0] for node in top.body if isinstance(node, ast.Import)
                  for alias in node.names}
         names |= {(node.module or "").partition(".")[0] for node in top.body
                   if isinstance(node, ast.ImportFrom)}
-        others = names - set(sys.stdlib_module_names) - set(ORDER)
+        others = names - set(sys.stdlib_module_names) - {*ORDER, "support"}
         assert others <= {"torch", "numpy", "tiktoken", "safetensors", "tqdm"}, path
 
 
@@ -72,7 +93,7 @@ def test_every_option_is_read(module, config):
 
 def test_no_pickle():
     """Weights and state are safetensors and JSON; nothing that could run code is ever read."""
-    for path in FILES:
+    for path in [*FILES, *SUPPORT]:
         assert not {"pickle", "shelve", "dill", "joblib"} & imported(path)
         assert "torch.load" not in path.read_text() and "torch.save" not in path.read_text()
         assert "allow_pickle=True" not in path.read_text()

@@ -14,7 +14,7 @@ from model import (
     IGNORE_INDEX,
     Block,
     HostOffload,
-    Levers,
+    MemoryOptions,
     ModelConfig,
     RMSNorm,
     Transformer,
@@ -26,19 +26,19 @@ CONFIG = ModelConfig(vocab_size=61, dim=24, n_layers=3, n_heads=4, n_kv_heads=2,
                      max_seq_len=64)
 DOC_LENS = (5, 17, 1, 9, 9, 22)  # 63 tokens: no tile or chunk divides them
 LEVERS = {
-    "chunked loss": Levers(loss_chunk_tokens=10),
-    "recompute": Levers(0, "recompute"),
-    "tiles": Levers(0, "keep", 16),
-    "recompute, tiles": Levers(10, "recompute", 16),
-    "offload": Levers(0, "offload"),
-    "all": Levers(10, "offload", 16),
+    "chunked loss": MemoryOptions(loss_chunk_tokens=10),
+    "recompute": MemoryOptions(0, "recompute"),
+    "tiles": MemoryOptions(0, "keep", 16),
+    "recompute, tiles": MemoryOptions(10, "recompute", 16),
+    "offload": MemoryOptions(0, "offload"),
+    "all": MemoryOptions(10, "offload", 16),
 }
 
 
 def loss_and_gradients(levers, labels_kept=slice(None), compiled=False):
     """One forward and backward in float64: (loss, {name: gradient})."""
     model = Transformer(CONFIG).init_weights(0).double()
-    model.set_levers(levers, torch.device("cpu"))
+    model.set_memory_options(levers, torch.device("cpu"))
     if compiled:
         model.compile_blocks()
     generator = torch.Generator().manual_seed(1)
@@ -66,16 +66,16 @@ def assert_same(found, wanted):
 def test_levers_change_no_number(name, labels_kept):
     """With labels in a single chunk, the others have nothing to add: exactly 0, not NaN."""
     assert_same(loss_and_gradients(LEVERS[name], labels_kept),
-                loss_and_gradients(Levers(loss_chunk_tokens=0), labels_kept))
+                loss_and_gradients(MemoryOptions(loss_chunk_tokens=0), labels_kept))
 
 
 @pytest.mark.parametrize("most", [1, 10, 27, 62])
 @pytest.mark.parametrize("name", ["recompute", "all"])
 def test_spans_of_documents_change_no_number(monkeypatch, name, most):
     """Documents of 5, 17, 1, 9, 9, 22 tokens: spans of one each, some of several, the last alone."""
-    whole = loss_and_gradients(Levers(loss_chunk_tokens=0))
+    whole = loss_and_gradients(MemoryOptions(loss_chunk_tokens=0))
     cut_into_spans(monkeypatch, most)
-    assert_same(loss_and_gradients(Levers()), whole)
+    assert_same(loss_and_gradients(MemoryOptions()), whole)
     assert_same(loss_and_gradients(LEVERS[name]), whole)
 
 
@@ -85,7 +85,7 @@ def test_tiles_are_recomputed_inside_spans(monkeypatch, tile, calls):
     cut_into_spans(monkeypatch, 10)
     seen, original = [], Block.after_attention
     monkeypatch.setattr(Block, "after_attention", lambda *args: seen.append(args) or original(*args))
-    loss_and_gradients(Levers(0, "keep", tile))
+    loss_and_gradients(MemoryOptions(0, "keep", tile))
     assert len(seen) == CONFIG.n_layers * calls
 
 
@@ -101,11 +101,11 @@ def test_a_pack_is_cut_between_documents(most, wanted):
 @pytest.mark.slow
 def test_compiled_blocks_change_no_number(monkeypatch):
     """Compiled, alone, recomputed, and in spans: float64, where reordered sums agree to 1e-12."""
-    plain = loss_and_gradients(Levers())
-    assert_same(loss_and_gradients(Levers(), compiled=True), plain)
-    assert_same(loss_and_gradients(Levers(10, "recompute", 16), compiled=True), plain)
+    plain = loss_and_gradients(MemoryOptions())
+    assert_same(loss_and_gradients(MemoryOptions(), compiled=True), plain)
+    assert_same(loss_and_gradients(MemoryOptions(10, "recompute", 16), compiled=True), plain)
     cut_into_spans(monkeypatch, 10)
-    assert_same(loss_and_gradients(Levers(10, "recompute", 16), compiled=True), plain)
+    assert_same(loss_and_gradients(MemoryOptions(10, "recompute", 16), compiled=True), plain)
 
 
 @pytest.mark.slow
@@ -140,7 +140,7 @@ def peak_mib(levers, tokens=4096):
     config = ModelConfig(vocab_size=4096, dim=64, n_layers=8, n_heads=4, n_kv_heads=2, head_dim=16,
                          ffn_dim=1024, max_seq_len=tokens)
     model = Transformer(config).init_weights(0)
-    model.set_levers(levers, torch.device("cpu"))
+    model.set_memory_options(levers, torch.device("cpu"))
     ids = torch.zeros(tokens, dtype=torch.long)
     weights = sum(p.numel() * 4 for p in model.parameters())
     with MemTracker() as tracker:
@@ -151,17 +151,17 @@ def peak_mib(levers, tokens=4096):
 
 def test_each_lever_saves_memory():
     """Logits are 64 MiB, and their gradients; SwiGLU keeps 64 MiB a block; a block's input is 1 MiB."""
-    plain = peak_mib(Levers(loss_chunk_tokens=0))
-    chunked = peak_mib(Levers(loss_chunk_tokens=256))
-    recomputed = peak_mib(Levers(256, "recompute"))
-    tiled = peak_mib(Levers(256, "recompute", 512))
+    plain = peak_mib(MemoryOptions(loss_chunk_tokens=0))
+    chunked = peak_mib(MemoryOptions(loss_chunk_tokens=256))
+    recomputed = peak_mib(MemoryOptions(256, "recompute"))
+    tiled = peak_mib(MemoryOptions(256, "recompute", 512))
     print(f"\n{plain:.0f}; loss in chunks {chunked:.0f}; recompute {recomputed:.0f}; tiles {tiled:.0f} MiB")
     assert plain - chunked > 128 and recomputed < chunked / 4 and tiled < recomputed / 2
 
 
 def test_an_unknown_lever_is_refused():
     with pytest.raises(ValueError, match="choose keep, recompute or offload"):
-        Levers(activations="disk")
+        MemoryOptions(activations="disk")
 
 
 @pytest.mark.parametrize("shape", [(7, 24), (5, 3, 24)])

@@ -231,9 +231,9 @@ def test_backend_choice():
     q = torch.zeros(2, 2, 4)
     with pytest.raises(ValueError, match=r"'flash' is unknown.*auto.*varlen, sdpa, reference"):
         m.document_attention(q, q, q, boundaries((2,)), 2, "flash")
-    assert m.choose_backend(torch.device("cpu"), torch.bfloat16)[0] == "sdpa"
-    assert m.choose_backend(torch.device("cuda"), torch.float32)[0] == "sdpa"
-    assert m.choose_backend(torch.device("cuda"), torch.bfloat16)[0] == "varlen"
+    assert m.backend_for(torch.device("cpu"), torch.bfloat16)[0] == "sdpa"
+    assert m.backend_for(torch.device("cuda"), torch.float32)[0] == "sdpa"
+    assert m.backend_for(torch.device("cuda"), torch.bfloat16)[0] == "varlen"
 
 
 # --- 2. The whole Transformer ---------------------------------------------------------------------

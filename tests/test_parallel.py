@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import train
-from data import Batch, PackedSequence, arrange_step
+from data import Batch, PackedSequence, arrange_step, make_batch
 from model import (
     ModelConfig,
     Parallel,
@@ -125,7 +125,7 @@ def make_sequences(packs: tuple[str, ...], n: int, seed: int = 0,
 
 def deal(sequences: list[PackedSequence], parallel: Parallel, per_batch: int = 1) -> list[Batch]:
     """This rank's micro-batches, dealt as in training."""
-    return [Batch.of(ranks[parallel.dp_rank])
+    return [make_batch(ranks[parallel.dp_rank])
             for ranks in arrange_step(sequences, parallel.dp_size, per_batch)]
 
 
@@ -135,7 +135,7 @@ def deal(sequences: list[PackedSequence], parallel: Parallel, per_batch: int = 1
 def reference_step(case: Case, sequences: list[PackedSequence]) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of the whole step on one process: no FSDP, no ranks, the mask written out."""
     model = make_model(case.heads, case.tied, backend="reference")
-    batches = [Batch.of([sequence]) for sequence in sequences]
+    batches = [make_batch([sequence]) for sequence in sequences]
     sums = [model.loss(batch.input_ids, batch.labels, batch.doc_lens) for batch in batches]
     loss = sum(loss_sum for loss_sum, _ in sums) / max(1, sum(int(valid) for _, valid in sums))
     loss.backward()

@@ -7,7 +7,7 @@ import pytest
 
 import data
 import train
-from model import Levers, preset_config
+from model import MemoryOptions, preset_config
 
 sys.path.insert(0, str(Path(train.__file__).parent / "experiments"))
 import simulate_ranks
@@ -51,14 +51,14 @@ def test_plan_prints_what_fits(capsys):
 
 def test_each_rung_of_the_ladder_needs_less():
     shape = preset_config("llama3-8b", 295)
-    sizes = [sum(train.memory_per_rank(shape, levers, 65_536, 8).values()) for levers in train.LADDER]
+    sizes = [sum(train.memory_per_rank(shape, levers, 65_536, 8).values()) for levers in train.MEMORY_OPTIONS]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)
 
 
 @pytest.mark.parametrize(("memory_gib", "activations"),
                          [(1000, "keep"), (80, "recompute"), (20, "recompute")])
 def test_auto_takes_the_fastest_that_fits(memory_gib, activations):
-    levers, why = train.choose_levers(train.TrainConfig(), preset_config("llama3-8b", 295), 65_536, 8, 2,
+    levers, why = train.memory_options_for(train.TrainConfig(), preset_config("llama3-8b", 295), 65_536, 8, 2,
                                       memory_gib * 2**30, "cpu")
     assert levers.activations == activations and (("may not fit" in why) == (memory_gib == 20))
 
@@ -67,6 +67,6 @@ def test_levers_without_effect_are_refused():
     shape = preset_config("tiny", 295)
     for config in (train.TrainConfig(activations="offload"), train.TrainConfig(host_optimizer=True)):
         with pytest.raises(ValueError, match="this is the host"):
-            train.choose_levers(config, shape, 1024, 1, 4, 2**34, "cpu")
-    tiled, _ = train.choose_levers(train.TrainConfig(mlp_tile_tokens=64), shape, 1024, 1, 4, 2**34, "cpu")
-    assert tiled == Levers(mlp_tile_tokens=64)
+            train.memory_options_for(config, shape, 1024, 1, 4, 2**34, "cpu")
+    tiled, _ = train.memory_options_for(train.TrainConfig(mlp_tile_tokens=64), shape, 1024, 1, 4, 2**34, "cpu")
+    assert tiled == MemoryOptions(mlp_tile_tokens=64)

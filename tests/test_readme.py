@@ -21,7 +21,7 @@ import eval as evaluation
 import model
 import sft
 import train
-from model import Levers, flops_per_step, preset_config
+from model import MemoryOptions, flops_per_step, preset_config
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -293,7 +293,7 @@ def tokens_by_code() -> dict[str, str]:
         logits = torch.empty(T, SHAPE.vocab_size, dtype=torch.float32)
 
     def parts(**levers: Any) -> dict[str, int]:
-        return train.memory_per_rank(SHAPE, Levers(**levers), T, P)
+        return train.memory_per_rank(SHAPE, MemoryOptions(**levers), T, P)
 
     def logits_at_work(chunk: int) -> int:  # twice what the second half of a chunk adds
         return 2 * (parts(loss_chunk_tokens=chunk)["at work: the logits"]

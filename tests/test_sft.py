@@ -28,7 +28,7 @@ import data
 import model as model_module
 import sft
 import train
-from data import Batch, PackedSequence, load_tokenizer
+from data import PackedSequence, load_tokenizer, make_batch
 from model import init_parallel
 from sft import CHAT_TEMPLATES, ChatReport, SftConfig, encode_chat
 
@@ -257,7 +257,7 @@ def test_names_are_real_and_held_out_by_package():
 def test_built_in_answers_are_right(held_out):
     """An oracle that reads the prompt alone gives every answer but the summaries."""
     names = sft.standard_names(held_out)
-    conversations = sft.builtin_conversations(BYTES, 0, list(sft.FAMILIES), 400, held_out)
+    conversations = sft.builtin_conversations(BYTES, 0, list(sft.QUESTION_KINDS), 400, held_out)
     seen = set()
     for messages in islice(conversations, 300):
         document = encode_chat(BYTES, messages)
@@ -287,7 +287,7 @@ def test_built_in_answers_are_right(held_out):
                              if context[i] == data.PAIR}
                     assert {line[2] for line in lines if line[1] in topic} == set(rest) and mark == data.PAIR
             seen.add(kind)
-    assert seen == sft.FAMILIES.keys()
+    assert seen == sft.QUESTION_KINDS.keys()
 
 
 def test_built_in_conversations_repeat_by_seed_and_suit_other_tokenizers(tokenizer_folders):
@@ -326,14 +326,14 @@ def gradients_of(weigh) -> dict[str, torch.Tensor]:
     """Gradient of the sum of weigh(i, loss_sum_i, valid_i) over the first step's sequences, one process."""
     model = ranks.make_model()
     parts = [model.loss(b.input_ids, b.labels, b.doc_lens)
-             for b in (Batch.of([s]) for s in uneven_sequences(COUNTS[0]))]
+             for b in (make_batch([s]) for s in uneven_sequences(COUNTS[0]))]
     sum(weigh(i, loss_sum, int(valid)) for i, (loss_sum, valid) in enumerate(parts)).backward()
     return {name: weight.grad for name, weight in model.named_parameters()}
 
 
 def big_batch_gradients() -> dict[str, torch.Tensor]:
     """All four sequences in one forward pass, divided once: what every way of dealing them must give."""
-    model, batch = ranks.make_model(), Batch.of(uneven_sequences(COUNTS[0]))
+    model, batch = ranks.make_model(), make_batch(uneven_sequences(COUNTS[0]))
     loss_sum, valid = model.loss(batch.input_ids, batch.labels, batch.doc_lens)
     assert int(valid) == sum(COUNTS[0])
     (loss_sum / valid).backward()
@@ -460,19 +460,19 @@ def test_synthetic_conversations_fit_and_have_the_papers_shares():
 
 def test_a_third_of_the_tiny_stage_is_recall_of_its_own_length(tmp_path):
     """The recipe's replay follows --seq, and --replay changes its share."""
-    assert sft.choose_stage(SftConfig()).mixture == pytest.approx({"chat": 0.67, "recall-16k": 0.33})
-    assert sft.choose_stage(SftConfig(seq=2048)).mixture == pytest.approx({"chat": 0.67, "recall-2k": 0.33})
-    assert sft.choose_stage(SftConfig(replay=0.0)).mixture == {"chat": 1.0}
-    assert sft.choose_stage(SftConfig(recipe="prolong")).mixture == {"chat": 1.0}
+    assert sft.stage_of(SftConfig()).mixture == pytest.approx({"chat": 0.67, "recall-16k": 0.33})
+    assert sft.stage_of(SftConfig(seq=2048)).mixture == pytest.approx({"chat": 0.67, "recall-2k": 0.33})
+    assert sft.stage_of(SftConfig(replay=0.0)).mixture == {"chat": 1.0}
+    assert sft.stage_of(SftConfig(recipe="prolong")).mixture == {"chat": 1.0}
     folder = small_run(tmp_path, out=str(tmp_path / "run"), replay=0.5)
     assert train.read_state(folder / "checkpoints" / "sft-3")["drawn"] == {"chat": 6, "recall-512": 6}
 
 
 def test_the_prolong_stage_has_table_9s_numbers():
-    stage = sft.choose_stage(SftConfig(recipe="prolong"))
+    stage = sft.stage_of(SftConfig(recipe="prolong"))
     assert (stage.seq_len, stage.batch_tokens, stage.tokens) == (65_536, 4 * 2**20, 2**30)
     assert (stage.lr, stage.min_lr, stage.warmup, stage.rope_theta) == (2e-5, 2e-6, 0.05, None)
-    longer = sft.choose_stage(SftConfig(recipe="prolong", synthetic_share=0.1, lr=1e-5, steps=3))
+    longer = sft.stage_of(SftConfig(recipe="prolong", synthetic_share=0.1, lr=1e-5, steps=3))
     assert longer.mixture == pytest.approx({"chat": 0.9, "synthetic": 0.1}) and longer.steps == 3
 
 
@@ -538,8 +538,8 @@ def test_a_run_is_evaluated_before_and_after_and_resumes(tmp_path, monkeypatch, 
     for name in ("before", "sft"):
         results = json.loads((folder / "eval" / f"{name}.json").read_text())["results"]
         tasks = {row["task"]: row for row in results}
-        assert {f"chat_{family}" for family in sft.FAMILIES} <= tasks.keys()
-        assert all(tasks[f"chat_{family}"]["n"] >= 4 for family in sft.FAMILIES)
+        assert {f"chat_{family}" for family in sft.QUESTION_KINDS} <= tasks.keys()
+        assert all(tasks[f"chat_{family}"]["n"] >= 4 for family in sft.QUESTION_KINDS)
     table = capsys.readouterr().out.rpartition("task ")[2]
     assert "before" in table and "chat_kind" in table
     config = json.loads((folder / "checkpoints" / "sft-3" / "config.json").read_text())

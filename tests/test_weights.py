@@ -41,7 +41,7 @@ SCALINGS = {
     "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                "original_max_position_embeddings": CONTEXT},
 }
-FAMILIES = {  # our name, and what else its config.json says
+ARCHITECTURES = {  # our name, and what else its config.json says
     "llama": {},
     "mistral": {"sliding_window": None},
     "qwen2": {},
@@ -62,7 +62,7 @@ def their_model(transformers, family, scaling="plain", **changes):
         "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": CONTEXT,
         "rope_theta": 5e4, "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "bos_token_id": 1,
         "eos_token_id": 2, "rope_scaling": SCALINGS[scaling] and dict(SCALINGS[scaling]),
-        **FAMILIES[family], **changes})
+        **ARCHITECTURES[family], **changes})
     model, generator = transformers.AutoModelForCausalLM.from_config(config), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -92,7 +92,7 @@ def assert_same_logits(ours, theirs, lengths):
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ARCHITECTURES)
 def test_family_there_and_back(transformers, tmp_path, caplog, family, scaling):
     """Their folder gives us their logits: for one token, some, and beyond the trained context. A pack gives
     those of its documents. Our folder loads there without a warning, the same bits and the same logits.
@@ -123,7 +123,7 @@ def test_family_there_and_back(transformers, tmp_path, caplog, family, scaling):
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ARCHITECTURES)
 def test_greedy_generation_is_theirs(transformers, tmp_path, family):
     """64 tokens, each the likeliest after those before it: the same 64."""
     theirs = their_model(transformers, family, max_position_embeddings=128, eos_token_id=None)
@@ -165,7 +165,7 @@ def test_shards_and_dtypes_of_hugging_face(transformers, tmp_path, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tie", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ARCHITECTURES)
 def test_save_and_load_keep_every_bit(tmp_path, family, tie, dtype):
     """Config, names, dtypes and bits; a tied table is stored once and is one parameter again."""
     model = random_model(dtype, tie_embeddings=tie, rope_scaling=LLAMA3, rope_theta=8e6, norm_eps=1e-6,

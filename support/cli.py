@@ -1,0 +1,111 @@
+"""The command line: options are the fields of a dataclass, lengths are written "512k", errors take one line.
+
+    @dataclass(frozen=True)
+    class PackConfig:
+        seq: int = option(2048, "tokens of a packed sequence", parse_length)      ->  --seq 2k
+
+`choose` looks a name up in a table, and its error lists what there is to choose from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import time
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+_UNITS = {"": 1, "k": 2**10, "m": 2**20, "b": 2**30}
+
+
+def parse_length(text: str | int) -> int:
+    """Read a number of tokens: "512k" is 524,288; k, m, b are 2^10, 2^20, 2^30 (paper, footnote 2).
+
+    Raises ValueError for anything else, and for less than one token.
+    """
+    digits = str(text).lower().rstrip("kmb")
+    unit = str(text).lower()[len(digits):]
+    if not digits.isdecimal() or unit not in _UNITS or int(digits) == 0:
+        raise ValueError(f"length {text!r} is not a positive whole number with an optional k, m or b; "
+                         "write for example 2048, 2k or 20b")
+    return int(digits) * _UNITS[unit]
+
+
+def format_length(tokens: int) -> str:
+    """The shortest way to write a length: 2048 -> "2k"."""
+    unit, size = next(item for item in reversed(_UNITS.items()) if tokens % item[1] == 0)
+    return f"{tokens // size}{unit}"
+
+
+Entry = TypeVar("Entry")
+
+
+def choose(what: str, name: str, table: Mapping[str, Entry]) -> Entry:
+    """Look up `name`. Raises ValueError that lists the choices: choose("recipe", "tiny", RECIPES)."""
+    if name not in table:
+        raise ValueError(f"{what} {name!r} is unknown; choose one of {', '.join(table)}")
+    return table[name]
+
+
+def option(default: Any, help: str, parse: Callable[[str], Any] | None = None) -> Any:
+    """A dataclass field that is also a command-line option, with its help and its parser."""
+    return dataclasses.field(default=default, metadata={"help": help, "parse": parse})
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+
+
+def add_config_args(parser: argparse.ArgumentParser, config: type) -> None:
+    """Add an option for each field of a config: `seq_len` becomes `--seq-len`, `from_` `--from`."""
+    hints = typing.get_type_hints(config)
+    for field in dataclasses.fields(config):
+        flag, kind = "--" + field.name.strip("_").replace("_", "-"), hints[field.name]
+        kind = next((t for t in typing.get_args(kind) if t is not type(None)), kind)  # int | None -> int
+        help = field.metadata["help"] + ("" if field.default is None else " (default: %(default)s)")
+        if kind is bool:
+            parser.add_argument(flag, dest=field.name, action=argparse.BooleanOptionalAction,
+                                default=field.default, help=help)
+        else:
+            parse = field.metadata["parse"] or kind
+            parser.add_argument(flag, dest=field.name, type=_readable(parse), default=field.default,
+                                metavar=flag[2:].upper().replace("-", "_"), help=help)
+
+
+def _readable(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Let argparse show a parser's own ValueError rather than 'invalid value'."""
+
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
+
+
+Config = TypeVar("Config")
+
+
+def parse_cli(config: type[Config], doc: str | None, argv: Sequence[str] | None = None) -> Config:
+    """Build a config from the command line. Unknown and abbreviated flags end in code 2."""
+    parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                     allow_abbrev=False)
+    add_config_args(parser, config)
+    return config(**vars(parser.parse_args(argv)))
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a script. A wrong value or file is for the user to mend: one line on stderr, exit code 2."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(2)  # rank 0 usually has the same error and says it; torchrun then ends this rank
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

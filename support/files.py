@@ -1,0 +1,90 @@
+"""Files that appear whole or not at all, and JSON that a stranger may have written.
+
+A writer that dies leaves a folder `x.writing` (half written, deleted by the next writer), and between its
+two renames `x.old` (whole, put back by `recover`). Nobody ever sees half a folder under its own name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def whole_folder(folder: str | Path) -> Iterator[Path]:
+    """`with whole_folder(path) as aside:` fills `aside`, which becomes `path` when the block ends well.
+
+    Files are fsynced before the rename. A folder that was there before is replaced.
+    """
+    folder = Path(folder)
+    aside, old = folder.with_name(folder.name + ".writing"), folder.with_name(folder.name + ".old")
+    recover(folder)
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for path in [*aside.rglob("*"), aside]:
+            fsync(path)
+        if folder.exists():  # a folder can't be renamed over a full one: it steps aside first
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        aside.rename(folder)
+        fsync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        recover(folder)
+        raise
+
+
+def recover(folder: Path) -> None:
+    """Put the old folder back if the last writer died between its two renames."""
+    old = folder.with_name(folder.name + ".old")
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+
+
+def fsync(path: Path) -> None:
+    """Wait until the disk has a file, or a folder's entries."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def write_json(path: Path, entry: Any, indent: int = 2) -> None:
+    """Write a JSON file whole or not at all."""
+    aside = path.with_name(path.name + ".writing")
+    aside.write_text(json.dumps(entry, indent=indent) + "\n")
+    fsync(aside)
+    aside.replace(path)
+
+
+def read_json(path: Path, limit_bytes: int = 2**26) -> dict[str, Any]:
+    """Read a JSON object. Raises ValueError, naming the file, for everything else.
+
+    Also for what Python's reader lets through: a key given twice, NaN, endless nesting, gigabytes.
+    """
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        entry = dict(pairs)
+        if len(pairs) != len(entry):
+            raise ValueError("a key is given twice")
+        return entry
+
+    def refuse(constant: str) -> float:
+        raise ValueError(f"{constant} is no number")
+
+    try:
+        size = path.stat().st_size
+        if size > limit_bytes:
+            raise ValueError(f"{size:,} bytes are too many")
+        entry = json.loads(path.read_text(), object_pairs_hook=unique, parse_constant=refuse)
+        if not isinstance(entry, dict):
+            raise ValueError("it holds no object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not readable JSON: {error}") from None
+    return entry
