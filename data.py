@@ -67,6 +67,33 @@ from support.cli import (  # noqa: F401 (data.parse_length and its like are publ
     run_main,
 )
 from support.files import read_json, whole_folder, write_json
+from support.installed import (  # noqa: F401
+    functions_and_classes,
+    generator,
+    is_held_out,
+    list_repositories,
+    read_text,
+    syntax_trees,
+)
+from support.toy import (  # noqa: F401
+    BLANK,
+    ICL_LINE,
+    LABELS,
+    N_PAIRS,
+    PAIR,
+    PAIR_LEN,
+    QUESTION,
+    SYMBOL_NAMES,
+    SYMBOLS,
+    TOPICS,
+    VALUE_LEN,
+    icl_lines,
+    icl_rows,
+    pairs_and_room,
+    recall_pairs,
+    recall_rows,
+    scatter_pairs,
+)
 
 IGNORE_INDEX = -100  # the label of a token that is not trained on
 
@@ -111,6 +138,12 @@ class Tokenizer:
         text = unicodedata.normalize("NFC", text) if self.nfc else text
         parts = [self.encoding.encode_to_numpy(part, disallowed_special=()) for part in _cut_text(text)]
         return np.concatenate(parts)
+
+    def encode_with_specials(self, text: str) -> np.ndarray:
+        """The same, but "<|...|>" are special tokens. Raises ValueError for a name that there is not."""
+        parts = re.split(r"(<\|\w+\|>)", text)  # ordinary text and special tokens in turn
+        return np.concatenate([np.array([self.special_id(part)], np.uint32) if i % 2 else self.encode(part)
+                               for i, part in enumerate(parts)])
 
     def special_id(self, name: str) -> int:
         """The id of a special token, as in "<|eot_id|>". Raises ValueError if there is none of that name."""
@@ -429,34 +462,6 @@ class Document:
 MAX_REPO_BYTES = 2**20  # of one repository: a few packages are a hundred times the size of the others
 
 
-def list_repositories() -> dict[str, list[Path]]:
-    """Every installed package with its Python files: {"json": [...], ...}, in one order everywhere.
-
-    A package of the standard library or of site-packages is what the paper calls a repository
-    (section 3.1). Single-file modules of the standard library together are one more, "modules".
-    """
-    paths = sysconfig.get_paths()
-    repositories: dict[str, list[Path]] = {}
-    for root in dict.fromkeys(Path(paths[key]) for key in ("stdlib", "purelib", "platlib")):
-        for entry in sorted(root.iterdir()) if root.is_dir() else ():
-            if entry.suffix == ".py" and root == Path(paths["stdlib"]):
-                repositories.setdefault("modules", []).append(entry)
-            elif entry.is_dir() and entry.name not in ("site-packages", "dist-packages"):
-                repositories[entry.name] = sorted(entry.rglob("*.py"))
-    return {name: files for name, files in repositories.items() if files}
-
-
-def is_held_out(name: str) -> bool:
-    """One repository in eight is never trained on: validation and evaluation read only those."""
-    return hashlib.sha256(name.encode()).digest()[0] < 32
-
-
-def _generator(seed: int, *names: Any) -> np.random.Generator:
-    """A random generator of its own for every use, so that no use disturbs another."""
-    digest = hashlib.sha256(repr((seed, *names)).encode()).digest()
-    return np.random.default_rng(int.from_bytes(digest[:8], "little"))
-
-
 def code_repos(tokenizer: Tokenizer, seed: int, held_out: bool = False) -> Iterator[Document]:
     """Each repository as one document: all its files, in a seeded random order, joined (section 3.1).
 
@@ -464,23 +469,15 @@ def code_repos(tokenizer: Tokenizer, seed: int, held_out: bool = False) -> Itera
     """
     repositories = list_repositories()
     names = [name for name in sorted(repositories) if is_held_out(name) == held_out]
-    for i in _generator(seed, "repositories").permutation(len(names)):
+    for i in generator(seed, "repositories").permutation(len(names)):
         files, texts, size = repositories[names[i]], [], 0
-        for j in _generator(seed, names[i]).permutation(len(files)):
-            text = _read_text(files[j])
+        for j in generator(seed, names[i]).permutation(len(files)):
+            text = read_text(files[j])
             texts.append(text)
             size += len(text)
             if size > MAX_REPO_BYTES:
                 break
         yield tokenizer.document("\n".join(texts))
-
-
-def _read_text(path: Path) -> str:
-    """A source file's text; what is not UTF-8 (a few old test files) counts as empty."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError):
-        return ""
 
 
 def textbooks(tokenizer: Tokenizer, seed: int) -> Iterator[Document]:
@@ -504,26 +501,8 @@ def short(tokenizer: Tokenizer, seed: int) -> Iterator[Document]:
     repositories = list_repositories()
     names = [name for name in sorted(repositories) if not is_held_out(name)]
     files = [path for name in names for path in repositories[name][:50]]
-    for i in _generator(seed, "short").permutation(len(files)):
-        text = _read_text(files[i])
-        lines = text.split("\n")  # as the parser counts; splitlines() would also end lines at form feeds
-        for tree in syntax_trees([files[i]]):
-            for node in tree.body:
-                if isinstance(node, ast.FunctionDef | ast.ClassDef):
-                    begin = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-                    yield tokenizer.document("\n".join(lines[begin - 1:node.end_lineno]) + "\n")
-
-
-def syntax_trees(files: Iterable[Path]) -> Iterator[ast.Module]:
-    import warnings
-
-    for path in files:
-        try:
-            with warnings.catch_warnings():  # old files use escapes that Python now warns about
-                warnings.simplefilter("ignore")
-                yield ast.parse(_read_text(path))
-        except (SyntaxError, ValueError, RecursionError):
-            continue
+    for i in generator(seed, "short").permutation(len(files)):
+        yield from map(tokenizer.document, functions_and_classes(files[i]))
 
 
 # Recall. A pair is a mark, a key and its value of four symbols; a question a mark and a key. All are special
@@ -535,48 +514,9 @@ def syntax_trees(files: Iterable[Path]) -> Iterator[ast.Module]:
 # 32 symbols, the base-32 alphabet. With keys of two symbols, or an alphabet of 64, a model this small does
 # not leave the plateau within minutes (docs/LOG.md).
 
-SYMBOL_NAMES = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
-PAIR, QUESTION, BLANK = 261, 262, ord("\n")  # ids of the tokenizer "bytes"
-SYMBOLS = np.arange(263, 263 + len(SYMBOL_NAMES), dtype=np.uint32)
-N_PAIRS = 16  # of a recall document from 256 tokens on, and of every context in eval.py
-VALUE_LEN = 4
-PAIR_LEN = 2 + VALUE_LEN  # of a pair, and of a question with its answer
-
-
-def recall_pairs(rng: np.random.Generator, batch: int, n_pairs: int) -> np.ndarray:
-    """Draw keys (different from each other) and values: (batch, n_pairs, 1 + VALUE_LEN) tokens.
-
-    No two values of a row have the same symbol at the same place. So the symbol just written and its place in
-    the value tell which value it is, and a model can copy on as soon as it has found the first symbol. Where
-    they may agree, two symbols back must be compared too, and many small models never learn that: they
-    guess among the places that agree, and that is right too often to be left (docs/LOG.md).
-    """
-    dealt = rng.permuted(np.tile(SYMBOLS, (batch, 1 + VALUE_LEN, 1)), axis=2)  # (batch, 1 + VALUE_LEN, 32)
-    return dealt[:, :, :n_pairs].transpose(0, 2, 1)  # -> (batch, n_pairs, 1 + VALUE_LEN)
-
-
-def scatter_pairs(rng: np.random.Generator, pairs: np.ndarray,
-                  haystack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scatter pairs (B, n, 5) at random places of a haystack (B, m) -> contexts (B, m + 6n), starts (B, n).
-
-    Pairs keep their order; `starts` says where each begins: that is its depth.
-    """
-    batch, n_pairs, _ = pairs.shape
-    length = haystack.shape[1] + n_pairs * PAIR_LEN
-    gaps = np.sort(rng.integers(haystack.shape[1] + 1, size=(batch, n_pairs)), axis=1)
-    starts = gaps + PAIR_LEN * np.arange(n_pairs)
-    marked = np.concatenate((np.full((batch, n_pairs, 1), PAIR, np.uint32), pairs), axis=2)
-    places = (starts[:, :, None] + np.arange(PAIR_LEN)).reshape(batch, -1)  # (B, n * PAIR_LEN)
-    contexts = np.zeros((batch, length), dtype=np.uint32)
-    taken = np.zeros((batch, length), dtype=bool)
-    np.put_along_axis(taken, places, True, axis=1)
-    np.put_along_axis(contexts, places, marked.reshape(batch, -1), axis=1)
-    contexts[~taken] = haystack.reshape(-1)  # row by row, as `taken` is
-    return contexts, starts
-
 
 @cache
-def _haystack_text(tokenizer: Tokenizer, seed: int, held_out: bool) -> np.ndarray:
+def haystack_text(tokenizer: Tokenizer, seed: int, held_out: bool) -> np.ndarray:
     """Two million tokens of real code."""
     parts: list[np.ndarray] = []
     for document in code_repos(tokenizer, seed, held_out):
@@ -589,7 +529,7 @@ def _haystack_text(tokenizer: Tokenizer, seed: int, held_out: bool) -> np.ndarra
 def haystack_windows(tokenizer: Tokenizer, rng: np.random.Generator, batch: int, length: int, seed: int,
                      held_out: bool = False) -> np.ndarray:
     """Random stretches of real code, (batch, length)."""
-    text = _haystack_text(tokenizer, seed, held_out)
+    text = haystack_text(tokenizer, seed, held_out)
     if length > len(text):
         raise ValueError(f"a haystack of {length:,} tokens is wanted, the installed packages have only "
                          f"{len(text):,}; choose a shorter length")
@@ -600,73 +540,33 @@ def haystack_windows(tokenizer: Tokenizer, rng: np.random.Generator, batch: int,
 def recall_documents(tokenizer: Tokenizer, rng: np.random.Generator, batch: int, length: int,
                      seed: int) -> Iterator[Document]:
     """Pairs scattered in real code, and a question about each at the end."""
-    pairs, room = _pairs_and_room(rng, batch, length)
-    return _ask_for_all(tokenizer, rng, pairs, haystack_windows(tokenizer, rng, batch, room, seed))
+    pairs, room = pairs_and_room(rng, batch, length)
+    haystack = haystack_windows(tokenizer, rng, batch, room, seed)
+    return _documents(*recall_rows(rng, pairs, haystack, tokenizer.bos_id, tokenizer.eos_id))
 
 
 def bare_recall_documents(tokenizer: Tokenizer, rng: np.random.Generator, batch: int, length: int,
                           seed: int) -> Iterator[Document]:
     """The same with only blanks between the pairs: the ability without the search."""
-    pairs, room = _pairs_and_room(rng, batch, length)
-    return _ask_for_all(tokenizer, rng, pairs, np.full((batch, room), BLANK, np.uint32))
+    pairs, room = pairs_and_room(rng, batch, length)
+    haystack = np.full((batch, room), BLANK, np.uint32)
+    return _documents(*recall_rows(rng, pairs, haystack, tokenizer.bos_id, tokenizer.eos_id))
 
 
-def _pairs_and_room(rng: np.random.Generator, batch: int, length: int) -> tuple[np.ndarray, int]:
-    """A pair to every 16 tokens, up to 16, and the tokens that begin, end, pairs and questions leave."""
-    n_pairs = min(length // 16, N_PAIRS)
-    return recall_pairs(rng, batch, n_pairs), length - 2 - 2 * n_pairs * PAIR_LEN
-
-
-def _ask_for_all(tokenizer: Tokenizer, rng: np.random.Generator, pairs: np.ndarray,
-                 haystack: np.ndarray) -> Iterator[Document]:
-    """Scatter the pairs, then ask for every one of them, in random order; only answers are trained."""
-    batch, n_pairs, _ = pairs.shape
-    contexts, _ = scatter_pairs(rng, pairs, haystack)
-    order = rng.permuted(np.tile(np.arange(n_pairs), (batch, 1)), axis=1)
-    asked = np.take_along_axis(pairs, order[:, :, None], axis=1)
-    questions = np.concatenate((np.full((batch, n_pairs, 1), QUESTION, np.uint32), asked), axis=2)
-    edge = np.ones((batch, 1), dtype=np.uint32)
-    ids = np.concatenate((edge * tokenizer.bos_id, contexts, questions.reshape(batch, -1),
-                          edge * tokenizer.eos_id), axis=1)
-    is_answer = np.tile(np.arange(PAIR_LEN) >= 2, n_pairs)
-    mask = np.concatenate((np.zeros(1 + contexts.shape[1], bool), is_answer, [False]))
-    for row in ids:
-        yield Document(row, mask)
+def _documents(ids: np.ndarray, mask: np.ndarray) -> Iterator[Document]:
+    return (Document(row, mask) for row in ids)
 
 
 # ICL. Each line is a mark, a symbol of one of six topics, and the topic's number *in this document*:
 #
 #     <begin>~A3~N7~X5~C3 ... <end>       the numbers are dealt anew for every document, so only the examples
 #                                         can tell that A's topic is 3 today (A.1)
-TOPICS = SYMBOLS[:24].reshape(6, 4)  # A-D, E-H, ... U-X
-LABELS = SYMBOLS[26:]  # 2-7
-ICL_LINE = 3  # "~A3"
-
-
-def icl_lines(rng: np.random.Generator, batch: int, n_lines: int) -> np.ndarray:
-    """Class-balanced rounds of labelled examples, (batch, n_lines, ICL_LINE); labels dealt per row."""
-    n = len(TOPICS)
-    rounds = -(-n_lines // n)
-    topics = rng.permuted(np.tile(np.arange(n), (batch, rounds, 1)), axis=2)  # each round has all topics
-    topics = topics.reshape(batch, -1)[:, :n_lines]
-    labels = rng.permuted(np.tile(LABELS, (batch, 1)), axis=1)
-    symbols = TOPICS[topics[:, :, None], rng.integers(TOPICS.shape[1], size=(batch, n_lines, 1))]
-    label = np.take_along_axis(labels, topics, axis=1)[:, :, None]
-    return np.concatenate((np.full_like(label, PAIR), symbols, label), axis=2)
 
 
 def icl_documents(tokenizer: Tokenizer, rng: np.random.Generator, batch: int, length: int,
                   seed: int) -> Iterator[Document]:
     """ICL documents of exactly `length` tokens; labels are trained from the second round on."""
-    n_lines, spare = divmod(length - 2, ICL_LINE)
-    lines = icl_lines(rng, batch, n_lines).reshape(batch, -1)
-    edge = np.ones((batch, 1), dtype=np.uint32)
-    ids = np.concatenate((edge * tokenizer.bos_id, lines, np.tile(edge * BLANK, spare),
-                          edge * tokenizer.eos_id), axis=1)
-    position = np.arange(length) - 1
-    mask = (position % ICL_LINE == 2) & (position >= len(TOPICS) * ICL_LINE) & (position < n_lines * ICL_LINE)
-    for row in ids:
-        yield Document(row, mask)
+    return _documents(*icl_rows(rng, batch, length, tokenizer.bos_id, tokenizer.eos_id))
 
 
 Maker = Callable[[Tokenizer, np.random.Generator, int, int, int], Iterator[Document]]
@@ -684,7 +584,7 @@ def _octaves(make: Maker, shortest: int, octaves: int) -> Callable[..., Iterator
         if longest % shortest or (longest // shortest).bit_count() != 1:
             raise ValueError(f"documents of this domain cannot be {longest} tokens long; choose {shortest} "
                              "times a power of 2")
-        rng = _generator(seed, make.__name__, longest)
+        rng = generator(seed, make.__name__, longest)
         lengths = [longest >> i for i in reversed(range(octaves)) if longest >> i >= shortest]
         return itertools.chain.from_iterable(make(tokenizer, rng, longest // length, length, seed)
                                              for length in itertools.cycle(lengths))
@@ -702,6 +602,8 @@ SYNTHETIC_DOMAINS = {
 }
 REAL_TEXT = LONG_DOMAINS.keys() | SHORT_DOMAINS.keys()
 
+
+_generator, _haystack_text = generator, haystack_text  # until the others are merged
 
 # --- 4. Text from files and from the hub ----------------------------------------------------------
 #
@@ -929,7 +831,7 @@ def _repository_rows(root: Path, config: TokenizeConfig) -> Iterator[Row]:
 
 
 def _shuffled(files: Sequence[Any], name: str, config: TokenizeConfig) -> Iterator[Any]:
-    return (files[i] for i in _generator(config.seed, name).permutation(len(files)))
+    return (files[i] for i in generator(config.seed, name).permutation(len(files)))
 
 
 def _textbook_rows(root: Path, config: TokenizeConfig) -> Iterator[Row]:
@@ -1104,7 +1006,7 @@ def read_tokenized(folder: str | Path, seed: int) -> Iterator[Document]:
     """
     folder = Path(folder)
     meta = _read_meta(folder, _DOCUMENTS_META, DOCUMENTS_FORMAT)
-    for shard in _generator(seed, "shards").permutation(meta["shards"]):
+    for shard in generator(seed, "shards").permutation(meta["shards"]):
         part = _read_meta(folder / f"{shard:05d}", _SHARD_META)
         ids = np.fromfile(folder / f"{shard:05d}" / "input_ids.bin", np.uint32)
         ends = np.fromfile(folder / f"{shard:05d}" / "doc_ends.bin", np.int64)
@@ -1113,7 +1015,7 @@ def read_tokenized(folder: str | Path, seed: int) -> Iterator[Document]:
             raise ValueError(f"{folder / f'{shard:05d}'}: its files and its meta.json do not agree; it is "
                              "damaged, remove the folder and tokenize again")
         begins = np.append(0, ends[:-1])
-        for i in _generator(seed, "documents", int(shard)).permutation(len(ends)):
+        for i in generator(seed, "documents", int(shard)).permutation(len(ends)):
             yield Document(ids[begins[i]:ends[i]])
 
 
@@ -1218,6 +1120,31 @@ def _join(pieces: list[Document]) -> PackedSequence:
         mask = np.concatenate([np.ones(len(piece), bool) if piece.loss_mask is None else piece.loss_mask
                                for piece in pieces])
     return PackedSequence(ids, tuple(map(len, pieces)), mask)
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A domain is NAME-LENGTH, with the length of its (longest) documents, or the NAME of short documents."""
+
+    name: str
+    length: int | None
+
+
+def parse_domain(text: str) -> Domain:
+    """Read "recall-2k" or "short". Raises ValueError for what is no length."""
+    name, dash, length = text.partition("-")
+    return Domain(name, parse_length(length) if dash else None)
+
+
+def pack_domain(folder: str | Path, domain: str, n: int, tokenizer: Tokenizer, seq_len: int, seed: int) -> None:
+    """Write the first `n` sequences of an embedded domain. Raises NothingPacked if there is none."""
+    report = PackReport()
+    sequences = itertools.islice(pack_builtin(domain, tokenizer, seq_len, seed, report), n)
+    write_packed(folder, sequences, tokenizer, seq_len, domain, seed, report)
+
+
+class NothingPacked(ValueError):
+    """No document fills a sequence."""
 
 
 def pack_builtin(domain: str, tokenizer: Tokenizer, seq_len: int, seed: int, report: PackReport,
@@ -1382,7 +1309,7 @@ def write_packed(folder: str | Path, sequences: Iterable[PackedSequence], tokeni
         if not has_mask:
             (temporary / "loss_mask.bin").unlink()
         if not ends:
-            raise ValueError(f"domain {domain}: none of its {report.documents_in} documents "
+            raise NothingPacked(f"domain {domain}: none of its {report.documents_in} documents "
                              f"({report.tokens_in:,} tokens) fills a sequence of {seq_len:,} tokens; "
                              "choose a shorter length or longer documents")
         (temporary / "doc_ends.bin").write_bytes(np.array(ends, np.int64).tobytes())
@@ -1565,7 +1492,7 @@ def parse_mixture(text: str) -> dict[str, float]:
 
 @cache
 def _permutation(seed: int, name: str, epoch: int, n: int) -> np.ndarray:
-    return _generator(seed, name, epoch).permutation(n)
+    return generator(seed, name, epoch).permutation(n)
 
 
 # --- 9. Batches -----------------------------------------------------------------------------------

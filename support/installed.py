@@ -1,0 +1,112 @@
+"""Texts that every Python installation brings along: code, prose, and names to ask about.
+
+A package of the standard library or of site-packages is what the paper calls a repository (section 3.1).
+One repository in eight is never trained on: validation and evaluation read only those.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import sysconfig
+import warnings
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def generator(seed: int, *names: Any) -> np.random.Generator:
+    """A random generator of its own for every use, so that no use disturbs another."""
+    digest = hashlib.sha256(repr((seed, *names)).encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "little"))
+
+
+def is_held_out(name: str) -> bool:
+    """Is this repository kept for validation and evaluation?"""
+    return hashlib.sha256(name.encode()).digest()[0] < 32
+
+
+def list_repositories() -> dict[str, list[Path]]:
+    """Every installed package with its Python files: {"json": [...], ...}, in one order everywhere.
+
+    Single-file modules of the standard library together are one more repository, "modules".
+    """
+    paths = sysconfig.get_paths()
+    repositories: dict[str, list[Path]] = {}
+    for root in dict.fromkeys(Path(paths[key]) for key in ("stdlib", "purelib", "platlib")):
+        for entry in sorted(root.iterdir()) if root.is_dir() else ():
+            if entry.suffix == ".py" and root == Path(paths["stdlib"]):
+                repositories.setdefault("modules", []).append(entry)
+            elif entry.is_dir() and entry.name not in ("site-packages", "dist-packages"):
+                repositories[entry.name] = sorted(entry.rglob("*.py"))
+    return {name: files for name, files in repositories.items() if files}
+
+
+def read_text(path: Path) -> str:
+    """A source file's text; what is not UTF-8 (a few old test files) counts as empty."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError):
+        return ""
+
+
+def syntax_trees(files: Iterable[Path]) -> Iterator[ast.Module]:
+    """Parse Python files; those that can't be parsed are passed over."""
+    for path in files:
+        try:
+            with warnings.catch_warnings():  # old files use escapes that Python now warns about
+                warnings.simplefilter("ignore")
+                yield ast.parse(read_text(path))
+        except (SyntaxError, ValueError, RecursionError):
+            continue
+
+
+def docstrings(files: Iterable[Path]) -> str:
+    """The docstrings of modules, joined; those of up to 200 characters are left out."""
+    texts = [ast.get_docstring(tree) or "" for tree in syntax_trees(files)]
+    return "\n\n".join(text for text in texts if len(text) > 200)
+
+
+def functions_and_classes(path: Path) -> Iterator[str]:
+    """The source text of each function and class at the top level of a file."""
+    lines = read_text(path).split("\n")  # as the parser counts; splitlines() would also end lines at form feeds
+    for tree in syntax_trees([path]):
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                begin = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+                yield "\n".join(lines[begin - 1:node.end_lineno]) + "\n"
+
+
+@cache
+def standard_names(held_out: bool) -> tuple[tuple[str, bool, str], ...]:
+    """The standard library's public (dotted name, is it a class?, first line of its docstring).
+
+    Read from the sources, nothing is imported. Packages are held out as a whole.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    others = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages"}
+    names = []
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        if others & {*parts} or parts[0].startswith("_") or is_held_out(parts[0]) != held_out:
+            continue
+        module = ".".join(part for part in parts if part != "__init__")
+        for node in (node for tree in syntax_trees([path]) for node in tree.body):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                summary = (ast.get_docstring(node) or "").partition("\n")[0].strip()
+                names.append((f"{module}.{node.name}", isinstance(node, ast.ClassDef), summary))
+    return tuple(names)
+
+
+def ask_about_name(kind: str, rng: np.random.Generator, held_out: bool) -> list[tuple[str, str]]:
+    """A question about a name of the standard library and its answer: its "kind", "package" or "summary"."""
+    wanted = bool(rng.integers(2))  # as many classes as functions, so that chance is a half
+    names = [(name, is_class, summary) for name, is_class, summary in standard_names(held_out)
+             if is_class == wanted and (summary or kind != "summary")]
+    name, _, summary = names[int(rng.integers(len(names)))]
+    return [{"kind": (f"{name}: a class or a function?", "class" if wanted else "function"),
+             "package": (f"{name} is in which package?", name.partition(".")[0]),
+             "summary": (f"What does {name} do?", summary)}[kind]]

@@ -1,0 +1,111 @@
+"""Made-up documents that teach a tiny model to look things up and to learn from examples, as arrays.
+
+Recall. A pair is a mark, a key and its value of four symbols; a question is another mark and a key. All of
+these are special tokens (<|pair|>, <|ask|>, <|A|>, ...), so no real text contains one. Here ~ and ? are the marks:
+
+    <begin> import os ~QX7KA def main(): ~CPLM3 return 0 ?CPLM3?QX7KA <end>
+            a haystack of real code, with pairs scattered in it    only the answers are trained
+
+ICL (in-context learning). A line is a mark, a symbol of one of six topics, and the topic's number:
+
+    <begin>~A3~N7~X5~C3 ... <end>       A and C are one topic, which has number 3 in this document
+
+The numbers are dealt anew for every document, so only the examples tell which topic has which (A.1).
+
+The alphabet has 32 symbols, as in base 32. With keys of two symbols, or with 64 symbols, a model this small
+does not learn to recall within minutes (docs/LOG.md).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+SYMBOL_NAMES = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
+PAIR, QUESTION, BLANK = 261, 262, ord("\n")  # token ids of the tokenizer "bytes"
+SYMBOLS = np.arange(263, 263 + len(SYMBOL_NAMES), dtype=np.uint32)
+N_PAIRS = 16  # of a recall document from 256 tokens on, and of every context in eval.py
+VALUE_LEN = 4
+PAIR_LEN = 2 + VALUE_LEN  # of a pair, and of a question with its answer
+TOPICS = SYMBOLS[:24].reshape(6, 4)  # A-D, E-H, ... U-X
+LABELS = SYMBOLS[26:]  # 2-7
+ICL_LINE = 3  # "~A3"
+
+# --- 1. Recall ------------------------------------------------------------------------------------
+
+
+def recall_pairs(rng: np.random.Generator, batch: int, n_pairs: int) -> np.ndarray:
+    """Draw keys (different from each other) and values: (batch, n_pairs, 1 + VALUE_LEN) tokens.
+
+    At each of the four positions all values of a document differ. So one symbol and its position are enough
+    to know which value is being copied, and the model can continue. If values could share a symbol, it would
+    have to compare two symbols, and models this small often never learn that (docs/LOG.md).
+    """
+    dealt = rng.permuted(np.tile(SYMBOLS, (batch, 1 + VALUE_LEN, 1)), axis=2)  # (batch, 1 + VALUE_LEN, 32)
+    return dealt[:, :, :n_pairs].transpose(0, 2, 1)  # -> (batch, n_pairs, 1 + VALUE_LEN)
+
+
+def scatter_pairs(rng: np.random.Generator, pairs: np.ndarray,
+                  haystack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scatter pairs (B, n, 5) at random places of a haystack (B, m) -> contexts (B, m + 6n), starts (B, n).
+
+    Pairs keep their order; `starts` says where in its context each of them begins.
+    """
+    batch, n_pairs, _ = pairs.shape
+    gaps = np.sort(rng.integers(haystack.shape[1] + 1, size=(batch, n_pairs)), axis=1)
+    marked = np.concatenate((np.full((batch, n_pairs, 1), PAIR, np.uint32), pairs), axis=2)
+    contexts = [np.insert(row, np.repeat(gap, PAIR_LEN), inserted.reshape(-1))
+                for row, gap, inserted in zip(haystack, gaps, marked, strict=True)]
+    return np.stack(contexts), gaps + PAIR_LEN * np.arange(n_pairs)
+
+
+def pairs_and_room(rng: np.random.Generator, batch: int, length: int) -> tuple[np.ndarray, int]:
+    """The pairs of recall documents, one to every 16 tokens up to 16, and the tokens left for a haystack."""
+    n_pairs = min(length // 16, N_PAIRS)
+    return recall_pairs(rng, batch, n_pairs), length - 2 - 2 * n_pairs * PAIR_LEN
+
+
+def recall_rows(rng: np.random.Generator, pairs: np.ndarray, haystack: np.ndarray, bos: int,
+                eos: int) -> tuple[np.ndarray, np.ndarray]:
+    """Whole documents: the pairs scattered in a haystack (B, m), then a question about each, in random order.
+
+    Returns ids (B, length) and the loss mask (length,) that all of them share: only answers are trained.
+    """
+    batch, n_pairs, _ = pairs.shape
+    contexts, _ = scatter_pairs(rng, pairs, haystack)
+    order = rng.permuted(np.tile(np.arange(n_pairs), (batch, 1)), axis=1)
+    asked = np.take_along_axis(pairs, order[:, :, None], axis=1)
+    questions = np.concatenate((np.full((batch, n_pairs, 1), QUESTION, np.uint32), asked), axis=2)
+    edge = np.ones((batch, 1), dtype=np.uint32)
+    ids = np.concatenate((edge * bos, contexts, questions.reshape(batch, -1), edge * eos), axis=1)
+    is_answer = np.tile(np.arange(PAIR_LEN) >= 2, n_pairs)
+    return ids, np.concatenate((np.zeros(1 + contexts.shape[1], bool), is_answer, [False]))
+
+
+# --- 2. In-context learning -----------------------------------------------------------------------
+
+
+def icl_lines(rng: np.random.Generator, batch: int, n_lines: int) -> np.ndarray:
+    """Labelled examples, (batch, n_lines, ICL_LINE). They come in rounds, and each round has every topic once."""
+    n = len(TOPICS)
+    rounds = -(-n_lines // n)
+    topics = rng.permuted(np.tile(np.arange(n), (batch, rounds, 1)), axis=2)
+    topics = topics.reshape(batch, -1)[:, :n_lines]  # (batch, rounds, n) -> (batch, n_lines)
+    labels = rng.permuted(np.tile(LABELS, (batch, 1)), axis=1)
+    symbols = TOPICS[topics[:, :, None], rng.integers(TOPICS.shape[1], size=(batch, n_lines, 1))]
+    label = np.take_along_axis(labels, topics, axis=1)[:, :, None]
+    return np.concatenate((np.full_like(label, PAIR), symbols, label), axis=2)
+
+
+def icl_rows(rng: np.random.Generator, batch: int, length: int, bos: int,
+             eos: int) -> tuple[np.ndarray, np.ndarray]:
+    """Whole documents: ids (B, length), and the loss mask (length,) that all of them share.
+
+    Labels are trained from the second round on: in the first, they can't be known yet.
+    """
+    n_lines, spare = divmod(length - 2, ICL_LINE)
+    lines = icl_lines(rng, batch, n_lines).reshape(batch, -1)
+    edge = np.ones((batch, 1), dtype=np.uint32)
+    ids = np.concatenate((edge * bos, lines, np.tile(edge * BLANK, spare), edge * eos), axis=1)
+    position = np.arange(length) - 1
+    is_label = position % ICL_LINE == 2
+    return ids, is_label & (position >= len(TOPICS) * ICL_LINE) & (position < n_lines * ICL_LINE)
