@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -88,3 +88,22 @@ def read_json(path: Path, limit_bytes: int = 2**26) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not readable JSON: {error}") from None
     return entry
+
+
+def read_meta(folder: Path, kinds: Mapping[str, type], format: str = "", command: str = "") -> dict[str, Any]:
+    """Read a folder's meta.json. Raises ValueError unless it has `kinds` of values, and the format.
+
+    `command` is what makes such a folder: "pack" or "tokenize".
+    """
+    path = folder / "meta.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} is not a {command.rstrip('e')}ed data folder: it has no meta.json; "
+                         f"make one with `python data.py {command}`")
+    meta = read_json(path)
+    if meta.get("format", "") != format:
+        raise ValueError(f"{path} does not say format {format!r}; make the folder again")
+    for key, kind in kinds.items():
+        value = meta.get(key)
+        if type(value) is not kind or (isinstance(value, int) and value < 0 and key != "seed"):
+            raise ValueError(f"{path}: {key!r} is {value!r}, which is no {kind.__name__} that can be")
+    return meta
