@@ -44,7 +44,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import lru_cache, partial
-from itertools import groupby, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +55,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100  # a label that is not trained on; the value PyTorch's cross_entropy skips
@@ -587,6 +588,19 @@ def valid_seq_parallel_sizes(n_heads: int, n_kv_heads: int) -> list[int]:
             if n_heads % p == 0 and (n_kv_heads % p == 0 or p % n_kv_heads == 0)]
 
 
+def check_heads(P: int, n_heads: int, n_kv_heads: int) -> None:
+    """Raise ValueError when P ranks cannot share the heads."""
+    sizes = valid_seq_parallel_sizes(n_heads, n_kv_heads)
+    if P not in sizes:
+        raise ValueError(f"{n_heads} query heads and {n_kv_heads} KV heads cannot be shared by "
+                         f"seq_parallel_size={P}; choose one of {sizes}")
+
+
+def repeat_heads(x: Tensor, P: int) -> Tensor:
+    """Repeat KV heads until there is one for each of P ranks: (T, H_kv, D) -> (T, max(H_kv, P), D)."""
+    return x.repeat_interleave(max(1, P // x.shape[1]), dim=1)
+
+
 class _Exchange(torch.autograd.Function):
     """Send x[j] to rank j; receive rank i's part as out[i]. Its own inverse, so its own backward."""
 
@@ -616,12 +630,8 @@ def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_s
     """
     P = dist.get_world_size(group)
     T, H, H_kv = q.shape[0], q.shape[1], k.shape[1]
-    if P not in valid_seq_parallel_sizes(H, H_kv):
-        raise ValueError(f"{H} query heads and {H_kv} KV heads cannot be shared by "
-                         f"seq_parallel_size={P}; choose one of {valid_seq_parallel_sizes(H, H_kv)}")
-    if H_kv < P:
-        k = k.repeat_interleave(P // H_kv, dim=1)  # (T, H_kv, D) -> (T, P, D)
-        v = v.repeat_interleave(P // H_kv, dim=1)
+    check_heads(P, H, H_kv)
+    k, v = repeat_heads(k, P), repeat_heads(v, P)  # (T, H_kv, D) -> (T, max(H_kv, P), D)
     heads = [x.shape[1] // P for x in (q, k, v)]
     qkv = torch.cat([x.unflatten(1, (P, -1)) for x in (q, k, v)], dim=2)  # (T, P, sum(heads), D)
     qkv = _Exchange.apply(qkv.transpose(0, 1), group)  # (P heads', T, ., D) -> (P tokens', T, ., D)
@@ -678,24 +688,6 @@ def layout_pack(doc_lens: Sequence[int], n_tokens: int, device: torch.device,
     cu_seqlens = np.insert(ends, 0, 0).astype(np.int32)
     return PackLayout(to_device(torch.from_numpy(positions), device),
                       to_device(torch.from_numpy(cu_seqlens), device), int(lens.max()), group)
-
-
-CPU_SPAN_BYTES = 4 * 2**20  # of hidden states; 2 to 8 MiB measured alike (docs/LOG.md)
-
-
-def cut_pack(cu_seqlens: Tensor, most: int) -> list[Tensor]:
-    """Cut between documents into spans of at most `most` tokens, or one longer document: cu_seqlens of each.
-
-    A CPU works through a pack span by span. Large pieces of memory go back to the system when they are freed,
-    and each page of them costs a fault when it is asked for again: 40% of a step of 64K tokens was that.
-
-        [0, 3, 5, 9, 17, 19], most 6  ->  [0, 3, 5] [0, 4] [0, 8] [0, 2]
-    """
-    ends, cuts = cu_seqlens.tolist(), [0]
-    for i in range(1, len(ends)):
-        if ends[i] - ends[cuts[-1]] > most and cuts[-1] < i - 1:
-            cuts.append(i - 1)
-    return [cu_seqlens[a:b + 1] - cu_seqlens[a] for a, b in pairwise([*cuts, len(ends) - 1])]
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
@@ -798,7 +790,6 @@ class HostOffload:
 # Modules carry Hugging Face's names, so that a checkpoint needs no translation table.
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q, k, v) -> (T, H, D)
-Span = tuple[int, Attend]  # how many tokens, and how they attend
 
 
 class RMSNorm(nn.RMSNorm):
@@ -882,24 +873,19 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.dim, eps=config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], spans: Sequence[Span]) -> Tensor:
-        """x (T, C) -> (T, C), one span after the other (`cut_pack` says why there are several)."""
-        tile = self.memory.mlp_tile_tokens
-        compute = partial(self.compute, tile if tile < len(x) else 0)
-        if self.memory.activations != "keep":
-            compute = partial(_recomputed, compute)
-        if len(spans) == 1:
-            return compute(x, rope, spans[0][1])
-        lens = [length for length, _ in spans]
-        parts = zip(x.split(lens), rope[0].split(lens), rope[1].split(lens), spans, strict=True)
-        return torch.cat([compute(x, (cos, sin), attend) for x, cos, sin, (_, attend) in parts])  # -> (T, C)
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """x (T, C) -> (T, C)."""
+        if self.memory.activations == "keep":
+            return self.compute(x, rope, attend)
+        return _recomputed(self.compute, x, rope, attend)
 
-    def compute(self, tile: int, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def compute(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         out = attend(self.layer, *self.before_attention(x, rope))  # (T, H, D)
-        if not tile:
+        tile = self.memory.mlp_tile_tokens
+        if tile == 0 or tile >= len(x):
             return self.after_attention(x, out)
-        return torch.cat([_recomputed(self.after_attention, *part)  # (tile, C) and (tile, H, D)
-                          for part in zip(x.split(tile), out.split(tile), strict=True)])
+        tiles = zip(x.split(tile), out.split(tile), strict=True)  # (tile, C) and (tile, H, D)
+        return torch.cat([_recomputed(self.after_attention, *part) for part in tiles])
 
     def before_attention(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         return self.self_attn.project(self.input_layernorm(x), rope)
@@ -960,13 +946,13 @@ class Transformer(nn.Module):
         """Move to another context: a stage of the curriculum changes theta, not a single weight."""
         self.config = replace(self.config, rope_theta=rope_theta, max_seq_len=max_seq_len)
 
-    def run_layers(self, input_ids: Tensor, positions: Tensor, spans: Sequence[Span]) -> Tensor:
+    def run_layers(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Embed (T,) and pass through all blocks and the last norm -> (T, C)."""
         x = self.embed_tokens(input_ids)  # (T,) -> (T, C)
         rope = rope_cos_sin(self.config, positions, x.dtype)
         with self.offload.saving() if self.offload and torch.is_grad_enabled() else nullcontext():
             for block in self.layers:
-                x = block(x, rope, spans)
+                x = block(x, rope, attend)
         return self.norm(x)
 
     def forward(self, input_ids: Tensor, doc_lens: Sequence[int],
@@ -974,16 +960,12 @@ class Transformer(nn.Module):
         """Hidden states (T, C) of this rank's T tokens; `doc_lens` is of the whole sequence."""
         pack = layout_pack(doc_lens, len(input_ids), input_ids.device, parallel)
 
-        def attend(cu_seqlens: Tensor, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if pack.group is not None:
-                return ulysses_attention(q, k, v, cu_seqlens, pack.max_seqlen, pack.group, self.backend)
-            return document_attention(q, k, v, cu_seqlens, pack.max_seqlen, self.backend)
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if pack.group is None:
+                return document_attention(q, k, v, pack.cu_seqlens, pack.max_seqlen, self.backend)
+            return ulysses_attention(q, k, v, pack.cu_seqlens, pack.max_seqlen, pack.group, self.backend)
 
-        spans = [(len(input_ids), partial(attend, pack.cu_seqlens))]
-        most = CPU_SPAN_BYTES // (self.config.dim * self.embed_tokens.weight.element_size())
-        if input_ids.device.type == "cpu" and pack.group is None and len(input_ids) > most:
-            spans = [(int(cut[-1]), partial(attend, cut)) for cut in cut_pack(pack.cu_seqlens, most)]
-        return self.run_layers(input_ids, pack.positions, spans)
+        return self.run_layers(input_ids, pack.positions, attend)
 
     def logits(self, input_ids: Tensor, doc_lens: Sequence[int],
                parallel: Parallel | None = None) -> Tensor:
@@ -1053,198 +1035,120 @@ def _cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor
 
 # --- 8. Generation --------------------------------------------------------------------------------
 #
-# What has been read is kept as keys and values, so that a new token costs one row of attention. Texts of
-# any lengths are read in one pass, end to end as in training: nothing is padded. Where several questions
-# follow one context, they share its keys and values, each a *branch* from the trunk (0):
+# A new token attends to all tokens before it, so we keep their keys and values (the KV cache) and
+# compute only the new token's. Several questions about one long context need the context's keys and
+# values once: read the context, remember the cache's length, and set the length back to it after
+# each question.
 #
-#     slot    0 1 2 3 4 5 6 7 8     one for each token, in the order of reading
-#     token   a b c d x y u v z     questions x y z and u v about the context a b c d
-#     branch  0 0 0 0 1 1 2 2 1
-#     z sees  x x x x x x . . x     the trunk and its own branch, up to itself
+#     read(model, context, cache)             cache.length == 5000
+#     read(model, question + answer, cache)   cache.length == 5040
+#     cache.length = 5000                     the next question overwrites this one's keys
 
-CHUNK_TOKENS = 1024  # of one pass: its mask, where one is needed, has CHUNK_TOKENS x (all tokens) bytes
-
-
-class _Slots:
-    """Keys and values of every layer, and whose they are. Room grows by half, so copying stays linear."""
-
-    def __init__(self) -> None:
-        self.filled, self.promised, self.capacity, self.branches = 0, 0, 0, 1
-        self.owner = torch.empty(0, dtype=torch.int32)  # (capacity,) the branch of each slot
-        self.layers: dict[int, Tensor] = {}  # layer -> (2, H_kv, capacity, D)
-
-    def reserve(self, n_tokens: int) -> None:
-        """Promise room for a text that is just about to be read whole, and a little for an answer."""
-        self.promised += n_tokens
-        if self.promised > self.capacity:
-            self.capacity = max(self.promised + 256, self.capacity + self.capacity // 2)
-
-    def admit(self, readers: list[tuple[KVCache, int]], device: torch.device) -> tuple[int, Tensor | None]:
-        """Give the next slots to (cache, how many tokens): the first of them, and the mask (new, all)."""
-        begin, new = self.filled, sum(n for _, n in readers)
-        self.filled = end = begin + new
-        if len(self.owner) < self.capacity:
-            self.owner = F.pad(self.owner.to(device), (0, self.capacity - len(self.owner)))
-        count = torch.tensor([n for _, n in readers], device=device)
-        self.owner[begin:end] = _each([cache.branch for cache, _ in readers], count)
-        if self.branches == 1 and (new == 1 or begin == 0 or device.type == "cpu"):
-            return begin, None  # one query sees everything; from the start, and on a CPU, no mask is needed
-        if self.branches == 1 and device.type == "cuda":
-            from torch.nn.attention.bias import causal_lower_right  # `is_causal` would align the first tokens
-
-            return begin, causal_lower_right(new, end)
-        slot = torch.arange(end, device=device)
-        seen = slot <= slot[begin:, None]  # (new, all)
-        if self.branches > 1:
-            trunk = (self.owner[:end] == 0) & (slot < _each([c.shared for c, _ in readers], count)[:, None])
-            seen &= trunk | (self.owner[:end] == self.owner[begin:end, None])
-        return begin, seen
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, begin: int, mask: Tensor | None) -> Tensor:
-        """Put k and v (L, H_kv, D) into their slots; attention of q (L, H, D) to all slots so far."""
-        kv, end = self.layers.get(layer), begin + len(q)
-        if kv is None or kv.shape[2] < end:
-            grown = k.new_empty(2, k.shape[1], self.capacity, k.shape[2])
-            if kv is not None:
-                grown[:, :, :begin] = kv[:, :, :begin]
-            self.layers[layer] = kv = grown
-        kv[0, :, begin:end], kv[1, :, begin:end] = k.transpose(0, 1), v.transpose(0, 1)
-        q, k, v = q.transpose(0, 1)[None], kv[:1, :, :end], kv[1:, :, :end]  # 4-D: see attention_sdpa
-        if mask is None and begin and q.device.type == "cpu":
-            out = _past_and_own(q, k, v, begin)
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and begin == 0,
-                                                 enable_gqa=q.shape[1] != k.shape[1])
-        return out[0].transpose(0, 1)  # (1, H, L, D) -> (L, H, D)
-
-
-def _past_and_own(q: Tensor, k: Tensor, v: Tensor, begin: int) -> Tensor:
-    """q (1, H, L, D) sees the first `begin` keys (1, H_kv, begin + L, D), and causally its own. For CPUs.
-
-    Two calls, where one would need a mask of L x (begin + L) numbers. In each, the weights add up to 1, but
-    of the whole the past should have only the share exp(past) / (exp(past) + exp(own)), which is
-    sigmoid(past - own), `past` and `own` being the log-sum-exps of the two parts' scores.
-    """
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    groups = q.shape[1] // k.shape[1]
-    rows = q.unflatten(1, (-1, groups)).flatten(2, 3)  # -> (1, H_kv, groups * L, D): the past is not copied
-    if q.shape[2] == 1:
-        return flash(rows, k, v)[0].reshape(q.shape)  # the last token sees all keys
-    past, past_sum = flash(rows, k[:, :, :begin], v[:, :, :begin])
-    own_k, own_v = (x[:, :, begin:].repeat_interleave(groups, dim=1) for x in (k, v))  # (1, H, L, D)
-    own, own_sum = flash(q, own_k, own_v, is_causal=True)
-    share = (past_sum.reshape(own_sum.shape) - own_sum).sigmoid().unsqueeze(-1)  # (1, H, L, 1)
-    return own.to(share.dtype).lerp(past.reshape(q.shape).to(share.dtype), share).to(q.dtype)
-
-
-def _each(values: Sequence[int], count: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=count.device).repeat_interleave(count)
+CHUNK_TOKENS = 1024  # of a prompt at a time: the rest of a pass's memory does not grow with the prompt
 
 
 class KVCache:
-    """One text that is being read and written: `length` tokens of it have been through the model."""
+    """The keys and values of one text, for every layer. Read on with `read`, write on with `stream`."""
 
     def __init__(self) -> None:
-        self.length = 0
+        self._length = 0
+        self.room = 0  # tokens there is memory for
+        self.layers: dict[int, Tensor] = {}  # layer -> (2, H_kv, room, D): keys, and values
         self.pending: list[int] = []  # tokens of the text that the model has yet to read
-        self._slots, self.branch = _Slots(), 0
-        self.shared = 0  # a branch sees what the trunk has in the first `shared` slots
 
-    def repeat(self, n: int) -> list[KVCache]:
-        """`n` texts that go on from here, each its own way, without copying what they share."""
-        if self.branch:
-            raise ValueError("this cache is a branch of another; repeat the one that it came from")
-        copies = [KVCache() for _ in range(n)]
-        for i, copy in enumerate(copies):
-            copy.length, copy.pending, copy._slots = self.length, self.pending[:], self._slots
-            copy.branch, copy.shared = self._slots.branches + i, self._slots.filled
-        self._slots.branches += n
-        return copies
+    @property
+    def length(self) -> int:
+        """How many tokens of the text have been read. Setting it lower cuts the text back."""
+        return self._length
+
+    @length.setter
+    def length(self, n_tokens: int) -> None:
+        self._length = n_tokens
+        self.pending = []
+
+    def reserve(self, n_tokens: int) -> None:
+        """Make sure that `n_tokens` more fit. Room grows by half, so that copying stays linear."""
+        needed = self.length + n_tokens
+        if needed > self.room:
+            self.room = max(needed + 256, self.room + self.room // 2)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store the keys and values of t new tokens; let their queries look at the whole text so far.
+
+        q (t, H, D), k and v (t, H_kv, D) -> (t, H, D).
+        """
+        begin, end = self.length, self.length + len(q)
+        kv = self.layers.get(layer)
+        if kv is None or kv.shape[2] < end:
+            grown = k.new_empty(2, k.shape[1], self.room, k.shape[2])  # (2, H_kv, room, D)
+            if kv is not None:
+                grown[:, :, :begin] = kv[:, :, :begin]
+            self.layers[layer] = kv = grown
+        kv[0, :, begin:end] = k.transpose(0, 1)  # (t, H_kv, D) -> (H_kv, t, D)
+        kv[1, :, begin:end] = v.transpose(0, 1)
+        keys, values = kv[:, None, :, :end]  # 2 x (1, H_kv, end, D)
+        out = F.scaled_dot_product_attention(
+            q.transpose(0, 1)[None], keys, values,  # (t, H, D) -> (1, H, t, D)
+            # not is_causal, which would align the first query with the first key
+            attn_mask=causal_lower_right(len(q), end), enable_gqa=q.shape[1] != k.shape[1])
+        return out[0].transpose(0, 1)  # (1, H, t, D) -> (t, H, D)
+
+
+def attend_with_my_heads(cache: KVCache, parallel: Parallel | None, layer: int, q: Tensor, k: Tensor,
+                         v: Tensor) -> Tensor:
+    """Attention through `cache`, whose heads the sp ranks share: (t, H, D) on all -> (t, H, D) on all.
+
+    Each rank works out, and keeps the keys and values of, H/P heads. That is what a long text costs.
+    """
+    if parallel is None or parallel.sp_size == 1:
+        return cache.attend(layer, q, k, v)
+    P, rank = parallel.sp_size, parallel.sp_rank
+    check_heads(P, q.shape[1], k.shape[1])
+    q, k, v = (x.chunk(P, dim=1)[rank] for x in (q, repeat_heads(k, P), repeat_heads(v, P)))
+    out = cache.attend(layer, q, k, v).contiguous()  # (t, H/P, D)
+    gathered = out.new_empty(P, *out.shape)
+    dist.all_gather_into_tensor(gathered, out, group=parallel.sp_group)  # (P, t, H/P, D)
+    return gathered.transpose(0, 1).flatten(1, 2)  # -> (t, P, H/P, D) -> (t, H, D)
 
 
 @torch.no_grad()
-def decode(model: Transformer, texts: Sequence[Sequence[int] | Tensor], caches: Sequence[KVCache],
-           last: int = 1, chunk_tokens: int = CHUNK_TOKENS, parallel: Parallel | None = None) -> list[Tensor]:
-    """Read on: `texts[i]` is what comes next in `caches[i]`. Logits after its `last` tokens, (last, V) each.
+def read(model: Transformer, ids: Sequence[int] | Tensor, cache: KVCache, last: int = 1,
+         chunk_tokens: int = CHUNK_TOKENS, parallel: Parallel | None = None) -> Tensor:
+    """Read what comes next in the text of `cache`. Returns the logits after its last tokens, (last, V).
 
-    The texts, laid end to end, pass through the model `chunk_tokens` at a time: a prompt of 64K tokens
-    needs the memory of its keys and values and of one chunk. Branches of one cache should be neighbours.
-    With `parallel` its sp ranks, which all make this call, share the heads: attention and the cache, which
-    are what a long text costs. All else every rank does for itself.
+    The ids pass through the model `chunk_tokens` at a time: a prompt of 64K tokens needs the memory of
+    its keys and values, and of one chunk. With `parallel` all ranks of an sp group make the same call.
+
+    Raises ValueError for an id outside of the vocabulary.
     """
-    lens = torch.tensor([len(text) for text in texts])
-    ids = torch.cat([torch.as_tensor(text, dtype=torch.long, device="cpu") for text in texts])
+    ids = torch.as_tensor(ids, dtype=torch.long, device="cpu")
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < model.config.vocab_size:
         raise ValueError(f"token ids {int(ids.min())} to {int(ids.max())} are not all in the model's "
                          f"vocabulary of {model.config.vocab_size}; use the model's own tokenizer")
-    row = torch.arange(len(texts)).repeat_interleave(lens)
-    wanted = lens.cumsum(0)[row] - torch.arange(len(ids)) <= last
-    for cache, length in zip(caches, lens.tolist(), strict=True):
-        cache._slots.reserve(length)
-    hidden = [_read(model, i, r, caches, parallel)[w.to(model.embed_tokens.weight.device)]
-              for i, r, w in zip(*(x.split(chunk_tokens) for x in (ids, row, wanted)), strict=True)]
-    return list(model.lm_head(torch.cat(hidden)).split(lens.clamp(max=last).tolist()))
-
-
-def _read(model: Transformer, ids: Tensor, row: Tensor, caches: Sequence[KVCache],
-          parallel: Parallel | None) -> Tensor:
-    """One pass over tokens (t,) of the texts `row` (t,): hidden states (t, C)."""
-    device, plan, positions = model.embed_tokens.weight.device, [], []
-    rows, counts = (x.tolist() for x in row.unique_consecutive(return_counts=True))
-    readers = [(caches[r], n) for r, n in zip(rows, counts, strict=True)]
-    begin = 0
-    for slots, group in groupby(readers, key=lambda reader: reader[0]._slots):
-        together = list(group)
-        end = begin + sum(n for _, n in together)
-        plan.append((slots, slice(begin, end), *slots.admit(together, device)))
-        begin = end
-    for cache, n in readers:
-        positions.append(torch.arange(cache.length, cache.length + n))
-        cache.length += n
-
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = _my_heads(q, k, v, parallel)
-        parts = [slots.attend(layer, q[part], k[part], v[part], first, mask)
-                 for slots, part, first, mask in plan]
-        return _all_heads(parts[0] if len(parts) == 1 else torch.cat(parts), parallel)  # (t, H, D)
-
-    return model.run_layers(ids.to(device), torch.cat(positions).to(device), [(len(ids), attend)])
-
-
-def _my_heads(q: Tensor, k: Tensor, v: Tensor, parallel: Parallel | None) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's share of the query heads, and the KV heads that they look at."""
-    if parallel is None or parallel.sp_size == 1:
-        return q, k, v
-    P, r, H, H_kv = parallel.sp_size, parallel.sp_rank, q.shape[1], k.shape[1]
-    if P not in valid_seq_parallel_sizes(H, H_kv):
-        raise ValueError(f"{H} query heads and {H_kv} KV heads cannot be shared by {P} ranks; choose one of "
-                         f"{valid_seq_parallel_sizes(H, H_kv)}")
-    n = max(1, H_kv // P)
-    mine = slice(r * H_kv // P, r * H_kv // P + n)
-    return q[:, r * H // P:(r + 1) * H // P], k[:, mine], v[:, mine]
-
-
-def _all_heads(out: Tensor, parallel: Parallel | None) -> Tensor:
-    """(t, H/P, D) of each rank -> (t, H, D) on all."""
-    if parallel is None or parallel.sp_size == 1:
-        return out
-    gathered = _Exchange.apply(out.expand(parallel.sp_size, *out.shape), parallel.sp_group)
-    return gathered.transpose(0, 1).flatten(1, 2)  # (P, t, H/P, D) -> (t, P, H/P, D) -> (t, H, D)
+    device = model.embed_tokens.weight.device
+    cache.reserve(len(ids))
+    attend = partial(attend_with_my_heads, cache, parallel)
+    hidden = []
+    for chunk in ids.to(device).split(chunk_tokens):
+        positions = torch.arange(cache.length, cache.length + len(chunk), device=device)
+        hidden.append(model.run_layers(chunk, positions, attend)[-last:])  # (t, C) -> (<= last, C)
+        cache.length += len(chunk)
+    return model.lm_head(torch.cat(hidden)[-last:])
 
 
 def choose_token(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
     """The likeliest token (V,), or at a temperature one drawn from the likeliest that hold `top_p`."""
     if temperature == 0:
         return int(logits.argmax())
-    order = logits.float().cpu().div(temperature).softmax(-1).sort(descending=True)
-    outside = order.values.cumsum(-1) - order.values >= top_p  # what comes before is already enough
-    drawn = torch.multinomial(order.values.masked_fill(outside, 0), 1, generator=generator)
-    return int(order.indices[drawn])
+    probabilities, order = logits.float().cpu().div(temperature).softmax(-1).sort(descending=True)
+    before = probabilities.cumsum(-1) - probabilities
+    probabilities = probabilities.masked_fill(before >= top_p, 0)  # those before are already enough
+    return int(order[torch.multinomial(probabilities, 1, generator=generator)])
 
 
 def stream(model: Transformer, prompt_ids: Sequence[int], max_new_tokens: int, stop_ids: Collection[int] = (),
            temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, cache: KVCache | None = None,
-           chunk_tokens: int = CHUNK_TOKENS) -> Iterator[int]:
+           chunk_tokens: int = CHUNK_TOKENS, parallel: Parallel | None = None) -> Iterator[int]:
     """Write on after a prompt, token by token, up to a stop token (which is given out too) or the limit.
 
     Greedy unless `temperature` is above 0. With `cache` a conversation goes on: `prompt_ids` are only what
@@ -1263,40 +1167,20 @@ def stream(model: Transformer, prompt_ids: Sequence[int], max_new_tokens: int, s
 
     def write() -> Iterator[int]:
         for _ in range(max_new_tokens):
-            (logits,) = decode(model, [text.pending], [text], chunk_tokens=chunk_tokens)
-            text.pending = [choose_token(logits[-1], temperature, top_p, generator)]
-            yield text.pending[0]
-            if text.pending[0] in stop_ids:
+            logits = read(model, text.pending, text, chunk_tokens=chunk_tokens, parallel=parallel)
+            token = choose_token(logits[-1], temperature, top_p, generator)
+            text.pending = [token]  # the next call, or the next turn, reads it
+            yield token
+            if token in stop_ids:
                 return
 
-    return write()
+    return write()  # the checks above have run by now; a generator would run them at the first token
 
 
 def generate(model: Transformer, prompt_ids: Sequence[int], max_new_tokens: int,
              stop_ids: Collection[int] = (), **options: Any) -> list[int]:
     """The whole answer of `stream`, which has the options."""
     return list(stream(model, prompt_ids, max_new_tokens, stop_ids, **options))
-
-
-def generate_batch(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int,
-                   stop_ids: Collection[int] = (), caches: Sequence[KVCache] | None = None,
-                   chunk_tokens: int = CHUNK_TOKENS, parallel: Parallel | None = None) -> list[list[int]]:
-    """Greedy answers to prompts of any lengths, one token of each in every pass; `caches` as in `stream`."""
-    caches = [KVCache() for _ in prompts] if caches is None else caches
-    written: list[list[int]] = [[] for _ in prompts]
-    for cache, prompt in zip(caches, prompts, strict=True):
-        cache.pending += [int(i) for i in prompt]
-    active = list(range(len(prompts)))
-    for _ in range(max_new_tokens):
-        if not active:
-            break
-        logits = decode(model, [caches[i].pending for i in active], [caches[i] for i in active],
-                        chunk_tokens=chunk_tokens, parallel=parallel)
-        for i, token in zip(active, torch.cat(logits).argmax(dim=-1).tolist(), strict=True):
-            caches[i].pending = [token]
-            written[i].append(token)
-        active = [i for i in active if written[i][-1] not in stop_ids]
-    return written
 
 
 # --- 9. Weights in and out: a Hugging Face folder -------------------------------------------------
