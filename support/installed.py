@@ -29,20 +29,21 @@ def is_held_out(name: str) -> bool:
     return hashlib.sha256(name.encode()).digest()[0] < 32
 
 
-def list_repositories() -> dict[str, list[Path]]:
-    """Every installed package with its Python files: {"json": [...], ...}, in one order everywhere.
+def list_repositories(held_out: bool = False) -> dict[str, list[Path]]:
+    """Installed packages with their Python files, in one order everywhere: {"json": [...], ...}.
 
-    Single-file modules of the standard library together are one more repository, "modules".
+    Either those to train on, or those held out. Single-file modules of the standard library together are
+    one more repository, "modules".
     """
     paths = sysconfig.get_paths()
-    repositories: dict[str, list[Path]] = {}
+    found: dict[str, list[Path]] = {}
     for root in dict.fromkeys(Path(paths[key]) for key in ("stdlib", "purelib", "platlib")):
         for entry in sorted(root.iterdir()) if root.is_dir() else ():
             if entry.suffix == ".py" and root == Path(paths["stdlib"]):
-                repositories.setdefault("modules", []).append(entry)
+                found.setdefault("modules", []).append(entry)
             elif entry.is_dir() and entry.name not in ("site-packages", "dist-packages"):
-                repositories[entry.name] = sorted(entry.rglob("*.py"))
-    return {name: files for name, files in repositories.items() if files}
+                found[entry.name] = sorted(entry.rglob("*.py"))
+    return {name: found[name] for name in sorted(found) if found[name] and is_held_out(name) == held_out}
 
 
 def read_text(path: Path) -> str:
@@ -51,6 +52,18 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError):
         return ""
+
+
+def join_files(files: Iterable[Path], enough: int = 2**20) -> str:
+    """Source files in one text, until there is enough: a few packages are far longer than the others."""
+    texts: list[str] = []
+    size = 0
+    for path in files:
+        texts.append(read_text(path))
+        size += len(texts[-1])
+        if size > enough:
+            break
+    return "\n".join(texts)
 
 
 def syntax_trees(files: Iterable[Path]) -> Iterator[ast.Module]:
@@ -64,10 +77,14 @@ def syntax_trees(files: Iterable[Path]) -> Iterator[ast.Module]:
             continue
 
 
-def docstrings(files: Iterable[Path]) -> str:
-    """The docstrings of modules, joined; those of up to 200 characters are left out."""
-    texts = [ast.get_docstring(tree) or "" for tree in syntax_trees(files)]
-    return "\n\n".join(text for text in texts if len(text) > 200)
+def books() -> Iterator[str]:
+    """Prose: Python's language reference, then for each package the docstrings of its modules, joined."""
+    from pydoc_data.topics import topics
+
+    yield "\n\n".join(topics[name] for name in sorted(topics))
+    for files in list_repositories().values():
+        chapters = [ast.get_docstring(tree) or "" for tree in syntax_trees(files[:200])]
+        yield "\n\n".join(text for text in chapters if len(text) > 200)
 
 
 def functions_and_classes(path: Path) -> Iterator[str]:

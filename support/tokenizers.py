@@ -11,6 +11,7 @@ import base64
 import itertools
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,7 +27,6 @@ DIGITS_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?
 LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
                 r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json")
-WORD_END = r"[^\W_](?=[ \t\r\n.,。，])"  # every supported pattern ends a word here
 MISSING = 2**31  # + byte: the id of a byte that is no token (SmolLM2 lacks 21); no text may have it
 
 
@@ -81,7 +81,28 @@ def _read_llama_model(path: Path) -> Loaded:
 _ALL_BYTES = {bytes([i]) for i in range(256)}
 
 
-# --- 1. tokenizer.json ----------------------------------------------------------------------------
+# --- 1. Long texts in pieces ------------------------------------------------------------------------
+#
+# Long texts are encoded in pieces, because tiktoken crashes on very long runs without a word break. We cut
+# only after a letter or digit that is followed by a space or a full stop. Every supported tokenizer starts a
+# new word there, so the ids do not change. Only a run of 64K characters without such a place (neither prose
+# nor code) is cut anywhere, and may gain a token.
+
+MAX_PIECE = 2**17
+WORD_END = re.compile(r"[^\W_](?=[ \t\r\n.,。，])")
+
+
+def cut_text(text: str) -> Iterator[str]:
+    begin = 0
+    while len(text) - begin > MAX_PIECE:
+        place = WORD_END.search(text, begin + MAX_PIECE // 2, begin + MAX_PIECE)
+        end = place.end() if place else begin + MAX_PIECE
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
+
+
+# --- 2. tokenizer.json ----------------------------------------------------------------------------
 
 
 def _read_tokenizer_json(path: Path) -> Loaded:
@@ -109,7 +130,7 @@ def _read_tokenizer_json(path: Path) -> Loaded:
     encoding = tiktoken.Encoding(path.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
     probe = "It's 3.14, naïve—don't  stop\n\n\tx_1 = [2048, ' ']\r\n中文，。 \u00a0e\u0301🙂\x1c " * 3
     whole = encoding.encode_ordinary(probe)
-    parts = map(encoding.encode_ordinary, re.split(rf"(?<={WORD_END})", probe))
+    parts = map(encoding.encode_ordinary, re.split(rf"(?<={WORD_END.pattern})", probe))
     if encoding.decode(whole) != probe or list(itertools.chain(*parts)) != whole:
         _refuse("pre_tokenizer", pattern, "its pattern drops text, or has words that go on after white space")
     bos, eos = _begin_and_end(table, path.parent, added)
@@ -225,7 +246,7 @@ def _begin_and_end(table: dict[str, Any], folder: Path, added: dict[str, Any]) -
                                          "tokenizer_config.json beside it")
 
 
-# --- 2. Writing -----------------------------------------------------------------------------------
+# --- 3. Writing -----------------------------------------------------------------------------------
 
 
 def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
