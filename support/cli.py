@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
 import time
@@ -39,6 +40,29 @@ def format_length(tokens: int) -> str:
     """The shortest way to write a length: 2048 -> "2k"."""
     unit, size = next(item for item in reversed(_UNITS.items()) if tokens % item[1] == 0)
     return f"{tokens // size}{unit}"
+
+
+def check_shares(shares: dict[str, float]) -> None:
+    """Raise ValueError unless all shares are finite, none negative, and some positive."""
+    if not all(share >= 0 for share in shares.values()) or not 0 < sum(shares.values()) < math.inf:
+        raise ValueError(f"mixture shares {shares} must be finite, none negative and not all 0")
+
+
+def parse_mixture(text: str) -> dict[str, float]:
+    """Read "recall-2k=0.6,code_repos-2k=0.4". Raises ValueError for anything else."""
+    shares: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, share = (field.strip() for field in part.partition("="))
+        try:
+            number = float(share)
+        except ValueError:
+            number = math.nan
+        if not name or name in shares or math.isnan(number):
+            raise ValueError(f"mixture part {part!r} is not NAME=SHARE, each name once; write for "
+                             "example recall-2k=0.6,code_repos-2k=0.4")
+        shares[name] = number
+    check_shares(shares)
+    return shares
 
 
 Entry = TypeVar("Entry")

@@ -6,13 +6,17 @@ two renames `x.old` (whole, put back by `recover`). Nobody ever sees half a fold
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 
 @contextmanager
@@ -107,3 +111,37 @@ def read_meta(folder: Path, kinds: Mapping[str, type], format: str = "", command
         if type(value) is not kind or (isinstance(value, int) and value < 0 and key != "seed"):
             raise ValueError(f"{path}: {key!r} is {value!r}, which is no {kind.__name__} that can be")
     return meta
+
+
+def map_file(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """A file of numbers as a memory map. Raises ValueError unless it has exactly that size."""
+    wanted = math.prod(shape) * np.dtype(dtype).itemsize
+    size = path.stat().st_size if path.is_file() else 0
+    if size != wanted:
+        raise ValueError(f"{path} has {size:,} bytes where meta.json says {wanted:,}; the folder is "
+                         "damaged, make it again")
+    return np.memmap(path, dtype=dtype, mode="r", shape=shape)
+
+
+def sha256_of(folder: Path, pattern: str) -> str:
+    """One checksum of a folder's files, from the checksum of each."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob(pattern)):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def check_ids(folder: str | Path, max_id: int, vocab_size: int) -> None:
+    """Raise ValueError if a packed set has a token with no place in a vocabulary."""
+    if max_id >= vocab_size:
+        raise ValueError(f"{folder} has token id {max_id:,}, but there are only {vocab_size:,}; use the "
+                         "tokenizer and the model that belong together")
+
+
+def check_tokenizer(folder: str | Path, meta: dict[str, Any], tokenizer: Any) -> None:
+    """Raise ValueError if a folder, packed or tokenized, was made with another tokenizer."""
+    if meta["tokenizer_fingerprint"] != tokenizer.fingerprint:
+        raise ValueError(f"{folder} was made with tokenizer {meta['tokenizer']!r} "
+                         f"({meta['tokenizer_fingerprint']}), this is {tokenizer.spec!r} "
+                         f"({tokenizer.fingerprint}); make it again with this one")

@@ -1,13 +1,7 @@
-"""Text from files, from folders of repositories and from the Hugging Face hub; tokenized documents on disk.
+"""Text from files, from folders of repositories and from the Hugging Face hub.
 
 A row is a pair: its place ("web.jsonl:17"), and a dict of its columns. Where a row can't be read, a
 ValueError that says why stands in place of the dict. Sources of any size are read as streams.
-
-    documents/00000/input_ids.bin   uint32 (tokens,)      whole documents, one after another
-              00000/doc_ends.bin    int64  (documents,)   where each ends
-              00000/meta.json       sizes, and how many rows of the source this shard took
-              job.json              the options that it was begun with
-              meta.json             written last: with it, the folder is complete
 """
 
 from __future__ import annotations
@@ -17,18 +11,11 @@ import itertools
 import json
 import lzma
 import os
-import sys
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-from tqdm import tqdm
-
-from .files import read_json, read_meta, whole_folder, write_json
 from .installed import generator
 
 Row = tuple[str, "dict[str, Any] | ValueError"]
@@ -187,157 +174,21 @@ def _repository_rows(root: Path, limit_bytes: int, seed: int) -> Iterator[Row]:
             yield str(entry), {"text": "\n".join(texts)}
 
 
-# --- 2. Texts, encoded ----------------------------------------------------------------------------
+# --- 2. Texts -------------------------------------------------------------------------------------
 
 Text = tuple[str, "str | ValueError"]  # where it stands, and a document's text or what is wrong
-Ids = np.ndarray | ValueError  # the ids of a document, uint32 (n,), or where there is none and why
 
 
 def read_texts(rows: Iterable[Row], column: str) -> Iterator[Text]:
     """The text in a column of each row, or what is wrong with it."""
     for where, row in rows:
-        text = row if isinstance(row, ValueError) else row.get(column)
-        if isinstance(text, ValueError):
-            yield where, text
+        if isinstance(row, ValueError):
+            yield where, row
         elif column not in row:
             yield where, ValueError(f"has no column {column!r}, only {', '.join(map(repr, row))}; "
                                     "choose one with --text-column")
-        elif not isinstance(text, str):
-            yield where, ValueError(f"holds {'nothing' if text is None else type(text).__name__}, not text")
+        elif not isinstance(row[column], str):
+            kind = "nothing" if row[column] is None else type(row[column]).__name__
+            yield where, ValueError(f"holds {kind}, not text")
         else:
-            yield where, text if text.strip() else ValueError("is empty")
-
-
-def encode_all(texts: Iterable[Text], encode: Callable[[str], np.ndarray],
-               workers: int) -> Iterator[Ids]:
-    """Encode on threads (tiktoken works outside Python's lock), in order, a bounded way ahead."""
-    def encode_batch(batch: list[Text]) -> list[Ids]:
-        return [_encode_row(where, text, encode) for where, text in batch]
-
-    ahead: deque[tuple[int, Future[list[Ids]]]] = deque()
-    waiting = 0  # characters that were read, and are not encoded yet
-    with ThreadPoolExecutor(workers) as pool:
-        for size, batch in itertools.chain(_batches(texts), [(0, [])]):  # the empty batch is the last
-            ahead.append((size, pool.submit(encode_batch, batch)))
-            waiting += size
-            while ahead and (len(ahead) > 4 * workers or waiting > 2**25 or not batch):
-                size, future = ahead.popleft()
-                waiting -= size
-                yield from future.result()
-
-
-def _encode_row(where: str, text: str | ValueError, encode: Callable[[str], np.ndarray]) -> Ids:
-    try:
-        if isinstance(text, ValueError):
-            raise text
-        return encode(text)
-    except ValueError as error:  # also half a character, or a byte that the tokenizer lacks
-        problem = "is not UTF-8" if isinstance(error, UnicodeError) else error
-        return ValueError(f"{where} {problem}")
-
-
-def _batches(texts: Iterable[Text]) -> Iterator[tuple[int, list[Text]]]:
-    """(size, texts): many short texts are one task for a thread."""
-    batch: list[Text] = []
-    size = 0
-    for where, text in texts:
-        batch.append((where, text))
-        size += len(str(text))
-        if size > 2**18:
-            yield size, batch
-            batch, size = [], 0
-    if batch:
-        yield size, batch
-
-
-# --- 3. Tokenized documents on disk ---------------------------------------------------------------
-
-FORMAT = "nanolong-documents-1"
-META = {"format": str, "tokenizer": str, "tokenizer_fingerprint": str, "vocab_size": int, "max_id": int,
-        "shards": int, "documents": int, "tokens": int}
-SHARD_META = {"rows": int, "documents": int, "tokens": int, "bad": int, "max_id": int}
-
-
-def write_documents(out: Path, job: dict[str, Any], about: dict[str, Any], texts: Iterator[Text],
-                    encode: Callable[[str], np.ndarray]) -> None:
-    """Encode texts into a folder of documents, shard by shard. Run again after a crash, it goes on.
-
-    The order of rows alone cuts shards, so the bytes are the same for any number of workers and of
-    crashes. `job` holds the options, `about` what the folder's meta.json says of the tokenizer.
-    """
-    shards = _shards_there(out, job)
-    done = sum(shard["rows"] for shard in shards)
-    if sum(1 for _ in itertools.islice(texts, done)) < done:
-        raise ValueError(f"{job['input']} has fewer rows than {out} has of it; begin anew")
-    encoded = encode_all(texts, encode, job["workers"])
-    documents = iter(tqdm(encoded, unit=" documents", disable=not sys.stderr.isatty()))
-    for first in documents:  # is there one left? Then there is another shard
-        if isinstance(first, ValueError) and job["on_bad"] == "stop":
-            raise ValueError(f"{first}; mend it, or pass over it with --on-bad skip")
-        out.mkdir(parents=True, exist_ok=True)
-        if not shards:
-            write_json(out / "job.json", job | _CHANGEABLE)
-        with whole_folder(out / f"{len(shards):05d}") as folder:
-            shards.append(_write_shard(folder, itertools.chain([first], documents), job))
-    counts = {key: sum(shard[key] for shard in shards) for key in ("rows", "documents", "tokens", "bad")}
-    if not counts["tokens"]:
-        raise ValueError(f"{job['input']} has no usable text in its {counts['rows']} rows")
-    max_id = max(shard["max_id"] for shard in shards)
-    write_json(out / "meta.json",
-               {"format": FORMAT, **about, "max_id": max_id, "shards": len(shards), **counts})
-    for line in [line for shard in shards for line in shard["bad_rows"]][:9]:
-        print(f"skipped: {line}")
-
-
-_CHANGEABLE = {"workers": 0, "out": ""}  # options that may change when an interrupted job goes on
-
-
-def _shards_there(out: Path, job: dict[str, Any]) -> list[dict[str, Any]]:
-    """The meta.json of each shard that an interrupted job has written already."""
-    if job["on_bad"] not in ("stop", "skip"):
-        raise ValueError(f"--on-bad {job['on_bad']!r} is neither stop nor skip")
-    if (out / "meta.json").exists():
-        raise ValueError(f"{out} is complete already; choose another --out, or remove it")
-    if (out / "job.json").exists() and read_json(out / "job.json") != job | _CHANGEABLE:
-        raise ValueError(f"{out} was begun with other settings, those in its job.json; choose another --out")
-    shards: list[dict[str, Any]] = []
-    while (out / f"{len(shards):05d}" / "meta.json").is_file():
-        shards.append(read_meta(out / f"{len(shards):05d}", SHARD_META))
-    return shards
-
-
-def _write_shard(folder: Path, documents: Iterator[Ids], job: dict[str, Any]) -> dict[str, Any]:
-    """Write documents until they have enough tokens."""
-    ends: list[int] = []
-    bad: list[str] = []
-    tokens = max_id = 0
-    with open(folder / "input_ids.bin", "wb") as file:
-        for ids in documents:
-            if isinstance(ids, ValueError):
-                if job["on_bad"] == "stop":
-                    raise ValueError(f"{ids}; mend it, or pass over it with --on-bad skip")
-                bad.append(str(ids))
-                continue
-            file.write(ids.data)
-            tokens, max_id = tokens + len(ids), max(max_id, int(ids.max()))
-            ends.append(tokens)
-            if tokens >= job["shard_tokens"]:
-                break
-    (folder / "doc_ends.bin").write_bytes(np.array(ends, np.int64).tobytes())
-    meta = {"rows": len(ends) + len(bad), "documents": len(ends), "tokens": tokens, "bad": len(bad),
-            "bad_rows": bad[:9], "max_id": max_id}
-    write_json(folder / "meta.json", meta)
-    return meta
-
-
-def read_shard(folder: Path) -> list[np.ndarray]:
-    """The documents of a shard. Raises ValueError if its files do not agree."""
-    meta = read_meta(folder, SHARD_META)
-    ids = np.fromfile(folder / "input_ids.bin", np.uint32)
-    ends = np.fromfile(folder / "doc_ends.bin", np.int64)
-    sizes = np.diff(ends, prepend=0)
-    found = (len(ids), len(ends), int(sizes.sum()))
-    if found != (meta["tokens"], meta["documents"], meta["tokens"]) or (sizes <= 0).any():
-        raise ValueError(f"{folder}: its files and its meta.json do not agree; it is damaged, remove the "
-                         "folder and tokenize again")
-    return np.split(ids, ends[:-1])
+            yield where, row[column] if row[column].strip() else ValueError("is empty")

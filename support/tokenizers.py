@@ -1,20 +1,24 @@
-"""Tokenizer files in and out: byte-level BPE, as a `tiktoken.Encoding`.
+"""Text to token ids and back, and tokenizer files in and out.
 
-Byte-level BPE has three parts: a pattern that splits text into words, a table of byte strings in the order
-in which they are merged, and special tokens. tiktoken runs it, from whichever file the parts come. We
-refuse a tokenizer.json that tiktoken would not encode exactly as its own library does, naming the field.
+Byte-level BPE has three parts: a pattern that splits text into words, a table of byte strings in the
+order in which they are merged, and special tokens. tiktoken runs it, from whichever file the parts
+come. We refuse a tokenizer.json that tiktoken would not encode exactly as its own library does.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import tiktoken
 
 from .files import read_json
@@ -28,6 +32,86 @@ LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,
                 r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 MISSING = 2**31  # + byte: the id of a byte that is no token (SmolLM2 lacks 21); no text may have it
+
+
+class Tokenizer:
+    """A `tiktoken.Encoding` with the names that the recipe uses, and a fingerprint of its table."""
+
+    def __init__(self, spec: str, encoding: tiktoken.Encoding, bos: str | None, eos: str,
+                 nfc: bool = False, files: Sequence[Path] = ()) -> None:
+        self.spec, self.encoding, self.nfc = spec, encoding, nfc
+        self.files = tuple(files)  # a checkpoint copies them, so that it brings its tokenizer along
+        self.specials: dict[str, int] = encoding._special_tokens
+        ids = [*encoding._mergeable_ranks.values(), *self.specials.values()]
+        self.vocab_size = 1 + max(i for i in ids if i < MISSING)
+        self.begin = [] if bos is None else [self.special_id(bos)]  # GPT-2, Qwen begin with nothing
+        self.eos_id = self.special_id(eos)
+
+    @property
+    def bos_id(self) -> int:
+        """The token that begins a document. Raises ValueError for a family that has none."""
+        if not self.begin:
+            raise ValueError(f"tokenizer {self.spec!r} begins a document with no token")
+        return self.begin[0]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that differ whenever any text could get other ids."""
+        ranks = self.encoding._mergeable_ranks.items()
+        whole = [self.encoding._pat_str, sorted((rank, token.hex()) for token, rank in ranks),
+                 sorted(self.specials.items()), self.begin, self.eos_id, self.nfc]
+        return hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:16]
+
+    def encode(self, text: str) -> np.ndarray:
+        """Text to ids, uint32 (n,). "<|end_of_text|>" inside a document is text, 15 letters.
+
+        Raises ValueError for a byte that the tokenizer has no token for.
+        """
+        text = unicodedata.normalize("NFC", text) if self.nfc else text
+        ids = np.concatenate([self.encoding.encode_to_numpy(part, disallowed_special=())
+                              for part in cut_text(text)])
+        if len(ids) and ids.max() >= MISSING:
+            raise ValueError(f"has byte {int(ids.max()) - MISSING:#04x}, which is no token of "
+                             f"tokenizer {self.spec!r}")
+        return ids
+
+    def encode_with_specials(self, text: str) -> np.ndarray:
+        """The same, but "<|...|>" is a special token. Raises ValueError if there is none such."""
+        parts = re.split(r"(<\|\w+\|>)", text)  # ordinary text and special tokens in turn
+        ids = [np.array([self.special_id(part)]) if i % 2 else self.encode(part)
+               for i, part in enumerate(parts)]
+        return np.concatenate(ids).astype(np.uint32)
+
+    def special_id(self, name: str) -> int:
+        """The id of a special token, as in "<|eot_id|>". Raises ValueError if there is none such."""
+        if name not in self.specials:
+            raise ValueError(f"tokenizer {self.spec!r} has no special token {name!r}; its first "
+                             f"are {', '.join(list(self.specials)[:8])}")
+        return self.specials[name]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self.encoding.decode([int(i) for i in ids])
+
+
+# Long texts are encoded in pieces, because tiktoken crashes on very long runs without a word break.
+# We cut only after a letter or digit that is followed by a space or a full stop. Every supported
+# tokenizer starts a new word there, so the ids do not change. Only a run of 64K characters without
+# such a place (neither prose nor code) is cut anywhere, and may gain a token.
+MAX_PIECE = 2**17
+WORD_END = re.compile(r"[^\W_](?=[ \t\r\n.,。，])")
+
+
+def cut_text(text: str) -> Iterator[str]:
+    begin = 0
+    while len(text) - begin > MAX_PIECE:
+        place = WORD_END.search(text, begin + MAX_PIECE // 2, begin + MAX_PIECE)
+        end = place.end() if place else begin + MAX_PIECE
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
+
+
+# --- 2. Where a tokenizer comes from --------------------------------------------------------------
 
 
 def load_encoding(spec: str) -> Loaded:
@@ -81,28 +165,7 @@ def _read_llama_model(path: Path) -> Loaded:
 _ALL_BYTES = {bytes([i]) for i in range(256)}
 
 
-# --- 1. Long texts in pieces ------------------------------------------------------------------------
-#
-# Long texts are encoded in pieces, because tiktoken crashes on very long runs without a word break. We cut
-# only after a letter or digit that is followed by a space or a full stop. Every supported tokenizer starts a
-# new word there, so the ids do not change. Only a run of 64K characters without such a place (neither prose
-# nor code) is cut anywhere, and may gain a token.
-
-MAX_PIECE = 2**17
-WORD_END = re.compile(r"[^\W_](?=[ \t\r\n.,。，])")
-
-
-def cut_text(text: str) -> Iterator[str]:
-    begin = 0
-    while len(text) - begin > MAX_PIECE:
-        place = WORD_END.search(text, begin + MAX_PIECE // 2, begin + MAX_PIECE)
-        end = place.end() if place else begin + MAX_PIECE
-        yield text[begin:end]
-        begin = end
-    yield text[begin:]
-
-
-# --- 2. tokenizer.json ----------------------------------------------------------------------------
+# --- 3. tokenizer.json ----------------------------------------------------------------------------
 
 
 def _read_tokenizer_json(path: Path) -> Loaded:
@@ -246,7 +309,7 @@ def _begin_and_end(table: dict[str, Any], folder: Path, added: dict[str, Any]) -
                                          "tokenizer_config.json beside it")
 
 
-# --- 3. Writing -----------------------------------------------------------------------------------
+# --- 4. Writing -----------------------------------------------------------------------------------
 
 
 def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
