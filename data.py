@@ -47,7 +47,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from support import cli, documents, files, installed, mds, tokenizers, toy
+from support import cli, files, installed, mds, tokenizers, toy
+from support import documents as stored
 from support import inspect as show
 from support.cli import option, parse_cli, parse_length, run_main
 from support.documents import TokenizeConfig
@@ -579,7 +580,7 @@ def pack_domain(folder: str | Path, domain: str, n: int, tokenizer: Tokenizer, s
 
 def tokenize(config: TokenizeConfig) -> None:
     """Tokenize a source into a folder of documents. Run again after a crash, it goes on."""
-    documents.tokenize(config, load_tokenizer(config.tokenizer))
+    stored.tokenize(config, load_tokenizer(config.tokenizer))
     inspect(config.out)
 
 
@@ -589,9 +590,9 @@ def read_tokenized(folder: str | Path, seed: int) -> Iterator[Document]:
     One shard is in memory at a time. A.2 samples documents at random from the whole; on a large
     disk that would be one seek for each.
     """
-    meta = documents.read_meta_of(folder)
+    meta = stored.read_meta_of(folder)
     for shard in generator(seed, "shards").permutation(meta["shards"]):
-        found = documents.read_shard(Path(folder) / f"{shard:05d}")
+        found = stored.read_shard(Path(folder) / f"{shard:05d}")
         for i in generator(seed, "documents", int(shard)).permutation(len(found)):
             yield Document(found[i])
 
@@ -653,7 +654,7 @@ def pack(config: PackConfig) -> None:
         raise ValueError("--from and --from-mds are two sources; give one")
     if (config.rule != "auto" and not config.from_) or (config.from_mds and config.ranks != 1):
         raise ValueError("--rule goes with --from alone, and --ranks not with --from-mds; drop it")
-    meta = documents.read_meta_of(config.from_) if config.from_ else {"tokenizer": "bytes"}
+    meta = stored.read_meta_of(config.from_) if config.from_ else {"tokenizer": "bytes"}
     tokenizer = load_tokenizer(config.tokenizer or meta["tokenizer"])
     enough = config.sequences
     if config.from_:
@@ -693,6 +694,13 @@ def main() -> None:
     else:
         raise ValueError(f"command {' '.join(sys.argv[1:])!r} is unknown; write `data.py tokenize "
                          "--help`, `data.py pack --help` or `data.py inspect [--check] FOLDER`")
+
+
+# TEMPORARY, until the other files are merged
+from support.installed import is_held_out, list_repositories, syntax_trees  # noqa
+from support.toy import *  # noqa
+from support.files import read_json  # noqa
+_generator, _haystack_text = generator, haystack_text
 
 
 if __name__ == "__main__":
