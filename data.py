@@ -638,7 +638,7 @@ class PackConfig:
     domain: str = option("code_repos-2k", "NAME, or NAME-LENGTH of long documents")
     from_: str = option("", "pack this folder of `tokenize`, not an embedded domain")
     from_mds: str = option("", "turn this mosaicml-streaming folder into ours")
-    rule: str = option("auto", "long, short or sft (A.2); auto: long for a NAME-LENGTH, else short")
+    rule: str = option("auto", "long, short or sft (A.2); auto: long with a LENGTH, else short")
     seq: int = option(2048, "tokens of a packed sequence", parse_length)
     sequences: int | None = option(None, "at most (default: all, embedded 1,000)", parse_length)
     ranks: int = option(1, "cut short documents so that none lies on two ranks", parse_length)
