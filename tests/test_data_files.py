@@ -8,7 +8,6 @@
 
 import bz2
 import gzip
-import io
 import json
 import lzma
 import os
@@ -19,22 +18,21 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import tarfile
 import time
 from collections import Counter
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
 import model
-import train
 from data import (
     PackConfig,
     PackedDataset,
@@ -43,10 +41,12 @@ from data import (
     load_tokenizer,
     pack_mds,
     pack_tokenized,
-    read_texts,
     read_tokenized,
     tokenize,
 )
+from support import documents as stored
+from support import inspect as show
+from support import mds, report, texts
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "mds"))
@@ -56,8 +56,14 @@ TEXTS = ["first\ntext", "zwei, größer", "третий", "four", "five five"]
 property_test = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 
 
-def texts_of(path: Path, **options) -> list[str]:
-    return list(read_texts(TokenizeConfig(input=str(path), **options)))
+def texts_of(path: Path, column: str = "text", **options) -> list[str]:
+    """The texts of a source; the first bad row raises its ValueError, with its place."""
+    found = []
+    for where, text in texts.read_texts(texts.read_rows(str(path), **options), column):
+        if isinstance(text, ValueError):
+            raise ValueError(f"{where} {text}")
+        found.append(text)
+    return found
 
 
 def jsonl(texts, column: str = "text") -> bytes:
@@ -73,7 +79,7 @@ def write_table(path: Path, texts, column: str = "text", kind=None) -> Path:
 @pytest.fixture(autouse=True)
 def no_figures_and_no_disk(monkeypatch):
     """Figures, and waiting for the disk, are tried with `pack` as typed, in test_data.py."""
-    monkeypatch.setattr(data, "draw_packed", lambda *args: None)
+    monkeypatch.setattr(show, "draw_packed", lambda *args: None)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
@@ -89,11 +95,6 @@ def write_source(path: Path, kind: str) -> Path:
     elif kind == "parquet":
         write_table(path.with_suffix(".parquet"), TEXTS)
         path = path.with_suffix(".parquet")
-    elif kind == "arrow file":
-        path = path.with_suffix(".arrow")
-        table = pyarrow.table({"text": TEXTS})
-        with pyarrow.ipc.new_file(path, table.schema) as writer:
-            writer.write_table(table, max_chunksize=2)
     elif kind == "arrow":
         import datasets
         datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(path)
@@ -109,7 +110,7 @@ def write_source(path: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.bz2", "jsonl.xz", "parquet", "arrow",
-                                  "arrow file", "text"])
+                                  "text"])
 def test_every_format_gives_the_same_documents(tmp_path, kind):
     """By its suffix alone, in order, nothing twice."""
     assert texts_of(write_source(tmp_path / "source", kind)) == TEXTS
@@ -120,10 +121,10 @@ def test_a_hub_data_set_streams(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     (tmp_path / "set").mkdir()
     write_table(tmp_path / "set" / "train-00000.parquet", TEXTS, "content")
-    assert texts_of(tmp_path / "set", format="hub", text_column="content") == TEXTS
+    assert texts_of(tmp_path / "set", "content", format="hub") == TEXTS
     with pytest.raises(ValueError, match="no column 'text', only 'id', 'content'"):
         texts_of(tmp_path / "set", format="hub")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="can't be read"):
         texts_of(tmp_path / "set", format="hub", split="nothing")
 
 
@@ -136,34 +137,43 @@ def test_a_folder_is_read_in_one_order(tmp_path):
     assert texts_of(tmp_path) == ["a.jsonl.gz", "b.jsonl", "c/d.jsonl"]
 
 
-BAD_LINES = [(b"{", "not a JSON object"), (b'{"text": "\xff"}', "not a JSON object"),
-             (b'{"txt": "a"}', "'text'"), (b'["a"]', "no columns at all"), (b'{"text": ""}', "is empty"),
-             (b'{"text": " \\n"}', "is empty"),
-             (b'{"text": null}', "nothing, not text"), (b'{"text": ["a"]}', "list, not text"),
-             (b'{"text": "\\ud800"}', "not UTF-8"), (b"[" * 99_000, "not a JSON object"),
+BAD_LINES = [(b"{", "is not JSON"), (b'{"text": "\xff"}', "is not JSON"),
+             (b'{"txt": "a"}', "no column 'text', only 'txt'"), (b'["a"]', "list, not an object"),
+             (b'{"text": " \\n"}', "is empty"), (b'{"text": null}', "nothing, not text"),
+             (b'{"text": ["a"]}', "list, not text"), (b'{"text": "\\ud800"}', "not UTF-8"),
+             (b"[" * 99_000, "is not JSON"),
              (b'{"text": "' + b"x" * 120_000 + b'"}', "longer than 100,000 bytes")]
 
 
 @pytest.mark.parametrize(("line", "why"), BAD_LINES)
 def test_a_bad_line_stops_or_is_skipped(tmp_path, line, why):
     """By default it stops, with file and row; with --on-bad skip every good row before and after it stays."""
-    path = tmp_path / "web.jsonl"
+    path, docs = tmp_path / "web.jsonl", tmp_path / "docs"
     path.write_bytes(jsonl(["one"]) + line + b"\n" + jsonl(["two"]))
+    config = TokenizeConfig(input=str(path), out=str(docs), max_document_bytes=100_000)
     with pytest.raises(ValueError, match=rf"web\.jsonl:2 .*{re.escape(why)}.*--on-bad skip"):
-        texts_of(path, max_document_bytes=100_000)
-    one, bad, two = texts_of(path, max_document_bytes=100_000, on_bad="skip")
-    assert (one, two) == ("one", "two") and why in str(bad)
+        tokenize(config)
+    shutil.rmtree(docs)
+    tokenize(replace(config, on_bad="skip"))
+    found = sorted(load_tokenizer().decode(d.input_ids[1:-1]) for d in read_tokenized(docs, 0))
+    assert found == ["one", "two"]
+    (reason,) = json.loads((docs / "00000" / "meta.json").read_text())["bad_rows"]
+    assert reason.startswith(f"{path}:2 ") and why in reason
 
 
-def test_a_bad_row_of_a_table_does_not_hide_the_others(tmp_path):
-    """Nothing, blanks and bytes that are not UTF-8, in one batch with good rows."""
-    path = write_table(tmp_path / "web.parquet", [b"one", None, b"\xff", b" ", b"two"], kind=pyarrow.binary())
-    with pytest.raises(ValueError, match=r"web\.parquet:2 holds nothing, not text"):
-        texts_of(path)
-    rows = [str(text) for text in texts_of(path, on_bad="skip")]
-    assert [rows[0], rows[4]] == ["one", "two"]
-    assert [row.rpartition(":")[2] for row in rows[1:4]] == ["2 holds nothing, not text", "3 is not UTF-8",
-                                                             "4 is empty"]
+def test_a_byte_that_the_tokenizer_lacks_makes_a_bad_row(tmp_path, monkeypatch):
+    """Not a crash of the tokenizer: the row is named, or skipped."""
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["fine", "\a"]))
+    whole = load_tokenizer()
+    encoding = whole.encoding.__class__("bytes", pat_str=whole.encoding._pat_str, mergeable_ranks={
+        bytes([i]): i if i != 7 else 2**31 + 7 for i in range(256)}, special_tokens=whole.specials)
+    lacking = data.Tokenizer("lacking", encoding, "<|begin_of_text|>", "<|end_of_text|>")
+    monkeypatch.setattr(data, "load_tokenizer", lambda spec: lacking)
+    config = TokenizeConfig(input=str(tmp_path / "a.jsonl"), out=str(tmp_path / "docs"))
+    with pytest.raises(ValueError, match=r"a\.jsonl:2 has byte 0x07, which is no token"):
+        tokenize(config)
+    tokenize(replace(config, on_bad="skip", out=str(tmp_path / "skipped")))
+    assert [len(document) for document in read_tokenized(tmp_path / "skipped", 0)] == [6]
 
 
 def cut_in_half(path: Path) -> Path:
@@ -172,21 +182,21 @@ def cut_in_half(path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("make", "why"), [
-    (lambda p: cut_in_half(write_table(p / "a.parquet", TEXTS * 99)), r"a\.parquet cannot be read"),
-    (lambda p: cut_in_half(write_source(p / "a", "jsonl.gz")), r"source\.jsonl\.gz cannot be read"),
-    (lambda p: cut_in_half(write_source(p / "a", "jsonl.xz")), r"source\.jsonl\.xz cannot be read"),
+    (lambda p: cut_in_half(write_table(p / "a.parquet", TEXTS * 99)), r"a\.parquet can't be read"),
+    (lambda p: cut_in_half(write_source(p / "a", "jsonl.gz")), r"source\.jsonl\.gz can't be read"),
+    (lambda p: cut_in_half(write_source(p / "a", "jsonl.xz")), r"source\.jsonl\.xz can't be read"),
     (lambda p: write_table(p / "a.parquet", TEXTS, "content"), "no column 'text', only 'id', 'content'"),
-    (lambda p: write_table(p / "a.parquet", [1, 2]), "'text' is int64, not text"),
-    (lambda p: (p / "a.arrow").write_bytes(b"no table"), r"a\.arrow cannot be read"),
+    (lambda p: write_table(p / "a.parquet", [1, 2]), "holds int, not text"),
+    (lambda p: (p / "a.arrow").write_bytes(b"no table"), r"a\.arrow can't be read"),
     (lambda p: (p / "a.txt").write_bytes(b"\x7fELF\0\0"), r"a\.txt is binary"),
     (lambda p: (p / "a.txt").write_bytes(b"caf\xe9"), r"a\.txt is not UTF-8"),
     (lambda p: (p / "a.txt").write_bytes(b""), r"a\.txt is empty"),
-    (lambda p: (p / "a.jsonl").write_bytes(b"\x7fELF\0\0\n"), r"a\.jsonl:1 is not a JSON object"),
+    (lambda p: (p / "a.jsonl").write_bytes(b"\x7fELF\0\0\n"), r"a\.jsonl:1 is not JSON"),
     (lambda p: (p / "a.gz").write_bytes(gzip.compress(b"text")), "not one kind"),
     (lambda p: (p / "a.txt").write_bytes(b"a") and (p / "b.jsonl").write_bytes(b"b"), "not one kind"),
     (lambda p: None, "holds nothing: not one kind"),
     (lambda p: p.rmdir(), "does not exist"),
-    (lambda p: (p / "a.tar").write_bytes(b"no tar"), r"a\.tar cannot be read"),
+    (lambda p: (p / "a.tar").write_bytes(b"a"), "not one kind"),
 ])
 def test_what_cannot_be_read_is_named(tmp_path, make, why):
     """Truncated, of the wrong column or kind, binary, empty, missing: one message; nothing is written."""
@@ -203,7 +213,7 @@ def test_what_cannot_be_read_is_named(tmp_path, make, why):
 @pytest.mark.parametrize(("options", "why"), [
     ({"format": "csv"}, "--format 'csv' is unknown"),
     ({"on_bad": "ignore"}, "'ignore' is neither stop nor skip"),
-    ({"input": ""}, "--input '' does not exist"), ({"text_column": "body"}, "there is no column 'body'"),
+    ({"input": ""}, "'' does not exist"), ({"text_column": "body"}, "has no column 'body'"),
 ])
 def test_wrong_options_of_tokenize(tmp_path, options, why):
     (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS))
@@ -249,61 +259,10 @@ def test_a_repository_is_one_document(repositories):
 
 def test_a_long_repository_becomes_several_documents(repositories):
     """--max-document-bytes cuts between files; no file is lost."""
-    parts = texts_of(repositories, format="repos", max_document_bytes=30)
+    parts = texts_of(repositories, format="repos", limit_bytes=30)
     assert len(parts) == 4 and all(len(part) <= 32 for part in parts)
     assert sorted(" ".join(parts[:2]).replace("\n", " ").split()) == ["<alpha/a.py>", "<alpha/b/c.py>",
                                                                       "<alpha/b/d.txt>"]
-    files = [(f"alpha/{i}", b"%d" % i * 20) for i in range(9)]
-    parts = texts_of(write_tar(repositories / "long.tar", files), max_document_bytes=45)
-    assert [len(part) for part in parts] == [41, 41, 41, 41, 20]
-    assert sorted(" ".join(parts).split()) == sorted(content.decode() for _, content in files)
-
-
-def write_tar(path: Path, files: list[tuple[str, bytes | None]]) -> Path:
-    """A tar with regular files; without content, a link to /etc/hostname."""
-    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as archive:
-        for name, content in files:
-            info = tarfile.TarInfo(name)
-            if content is None:
-                info.type, info.linkname = tarfile.SYMTYPE, "/etc/hostname"
-            info.size = len(content or b"")
-            archive.addfile(info, io.BytesIO(content or b""))
-    return path
-
-
-@pytest.mark.parametrize("name", ["repos.tar", "repos.tar.gz"])
-def test_a_tar_gives_what_its_folder_gives(repositories, tmp_path, name):
-    files = [(str(path.relative_to(repositories)), None if path.is_symlink() else path.read_bytes())
-             for path in sorted(repositories.glob("*/**/*")) if path.is_symlink() or path.is_file()
-             if ".git" not in path.parts]
-    tar = write_tar(tmp_path / name, [("./" + path, content) for path, content in files])
-    assert list(map(sorted, map(str.split, texts_of(tar)))) == list(
-        map(sorted, map(str.split, texts_of(repositories, format="repos"))))
-    assert texts_of(tar) == texts_of(tar) != texts_of(tar, seed=1)
-
-
-def test_a_tar_writes_nothing_and_keeps_repositories_together(tmp_path, monkeypatch):
-    """Paths that would escape are only names; a repository in two places would be two documents."""
-    monkeypatch.chdir(tmp_path)
-    tar = write_tar(tmp_path / "evil.tar", [("../../evil.py", b"x = 1"), ("/etc/evil.py", b"y = 1")])
-    assert sorted(texts_of(tar)) == ["x = 1", "y = 1"]
-    assert [path.name for path in tmp_path.iterdir()] == ["evil.tar"]
-    files = [("a/1.py", b"1"), ("b/1.py", b"1"), ("a/2.py", b"2")]
-    scattered = write_tar(tmp_path / "scattered.tar", files)
-    with pytest.raises(ValueError, match=r"scattered\.tar .*files of a do not stand together"):
-        texts_of(scattered)
-
-
-def test_textbooks_join_chapters_and_books(tmp_path):
-    """A subject is one document: its books in order, and of each the chapters, 10 after 9."""
-    for name in ("maths/algebra/2.txt", "maths/algebra/10.txt", "maths/algebra/1.txt", "maths/sets/1.txt",
-                 "physics/motion/one.txt.gz"):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(gzip.compress(name.encode()) if name.endswith("gz") else name.encode())
-    assert texts_of(tmp_path, format="textbooks") == [
-        "maths/algebra/1.txt\n\nmaths/algebra/2.txt\n\nmaths/algebra/10.txt\n\nmaths/sets/1.txt",
-        "physics/motion/one.txt.gz"]
 
 
 # --- 2. Tokenized folders ------------------------------------------------------------------------------
@@ -346,67 +305,44 @@ def test_tokenized_documents_are_the_texts(web, tmp_path, capsys):
     assert meta["max_id"] == tokenizer.eos_id and meta["tokens"] == sum(len(t) + 2 for t in texts if t)
 
 
-def test_workers_do_not_change_a_byte(web, tmp_path):
-    for workers in (1, 3):
-        tokenize(options(web, tmp_path / "docs", workers=workers))
-        (tmp_path / "docs").rename(tmp_path / str(workers))
-    assert content(tmp_path / "1") == content(tmp_path / "3")
-
-
 class PowerCut(BaseException):
     """What no `except Exception` catches, as a killed process's."""
 
 
 def cut_power(monkeypatch, at: int) -> None:
-    """Die at the n-th fsync: every rename comes just after one."""
-    calls, honest = [], data.fsync
+    """Die as the n-th shard gets its name: it is written, but nobody can see it yet."""
+    calls, honest = [], stored.whole_folder
 
-    def fsync(path: Path) -> None:
-        calls.append(path)
-        if len(calls) == at:
-            raise PowerCut
-        honest(path)
+    @contextmanager
+    def whole_folder(folder: Path):
+        with honest(folder) as aside:
+            yield aside
+            calls.append(folder)
+            if len(calls) == at:
+                raise PowerCut
 
-    monkeypatch.setattr(data, "_fsync", fsync)
-    monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # and nothing cleans up
+    monkeypatch.setattr(stored, "whole_folder", whole_folder)
 
 
-def test_killed_anywhere_and_run_again_gives_the_same_bytes(web, tmp_path, monkeypatch):
-    """Tokenizing and packing, killed at each of their fsyncs in turn: whole at the end, never before."""
-    def pack(docs: Path, out: Path) -> None:
-        data.pack(PackConfig(from_=str(docs), domain="web", seq=512, out=str(out)))
-
-    monkeypatch.setattr(data, "inspect", lambda folder: None)
-    tokenize(options(web, tmp_path / "docs"))
-    pack(tmp_path / "docs", tmp_path / "pack")
-    wanted, wanted_pack, at = content(tmp_path / "docs"), content(tmp_path / "pack"), 0
-    shutil.rmtree(tmp_path / "docs")
-    while True:
-        at += 1
-        docs, out = tmp_path / "docs", tmp_path / f"pack{at}"
-        with monkeypatch.context() as patch:
-            cut_power(patch, at)
-            try:
-                tokenize(options(web, docs))
-                pack(docs, out)
-                break
-            except PowerCut:
-                pass
-        assert not out.exists() or content(out) == wanted_pack
-        if not (docs / "meta.json").exists():
-            tokenize(options(web, docs))
-        assert content(docs) == wanted
-        if not out.exists():
-            pack(docs, out)
-        assert content(out) == wanted_pack
-        shutil.rmtree(docs)
-    assert at > 30 and content(docs) == wanted
+@pytest.mark.parametrize("at", [1, 3])
+def test_killed_between_shards_and_run_again_gives_the_same_bytes(web, tmp_path, monkeypatch, at):
+    """Whole at the end, never before; also with another number of workers."""
+    tokenize(options(web, tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        cut_power(patch, at)
+        with pytest.raises(PowerCut):
+            tokenize(options(web, tmp_path / "docs"))
+    shards = [path.name for path in sorted((tmp_path / "docs").iterdir()) if path.is_dir()]
+    assert shards == [f"{n:05d}" for n in range(at - 1)]
+    assert not (tmp_path / "docs" / "meta.json").exists()
+    tokenize(options(web, tmp_path / "docs", workers=1))
+    assert content(tmp_path / "docs") == content(tmp_path / "whole")
 
 
 def test_another_job_does_not_go_on_in_the_same_folder(web, tmp_path, monkeypatch):
     """Half done with other settings: refused. Done: refused. With other workers: goes on."""
     with monkeypatch.context() as patch:
-        cut_power(patch, 12)
+        cut_power(patch, 3)
         with pytest.raises(PowerCut):
             tokenize(options(web, tmp_path / "docs"))
     with pytest.raises(ValueError, match="begun with other settings"):
@@ -486,7 +422,7 @@ def write_numbered(folder: Path, shards: list[list[int]]) -> Path:
         (part / "meta.json").write_text(json.dumps(metas[-1]))
     total = {key: sum(meta[key] for meta in metas) for key in ("rows", "documents", "tokens", "bad")}
     (folder / "meta.json").write_text(json.dumps(total | {
-        "format": data.DOCUMENTS_FORMAT, "tokenizer": "bytes", "vocab_size": 295, "max_id": token,
+        "format": stored.FORMAT, "tokenizer": "bytes", "vocab_size": 295, "max_id": token,
         "tokenizer_fingerprint": load_tokenizer().fingerprint, "shards": len(shards)}))
     return folder
 
@@ -552,8 +488,8 @@ def test_packing_is_the_seeds_alone(web, tmp_path):
     ({"rule": "best"}, "--rule 'best' is unknown"), ({"rule": "sft", "ranks": 2}, "--ranks cuts short"),
     ({"domain": "web-3", "seq": 8}, "choose a divisor"),
     ({"domain": "web-8k", "seq": 8192}, "none of its 57"),
-    ({"from_mds": "x"}, "give one"), ({"from_": "", "rule": "sft"}, "--rule is for documents"),
-    ({"from_": "", "from_mds": "x", "ranks": 2}, "--ranks is not for --from-mds"),
+    ({"from_mds": "x"}, "give one"), ({"from_": "", "rule": "sft"}, "--rule goes with --from alone"),
+    ({"from_": "", "from_mds": "x", "ranks": 2}, "--ranks not with --from-mds"),
     ({"from_": "missing"}, "not a tokenized data folder"),
 ])
 def test_wrong_options_of_pack(web, tmp_path, changes, why):
@@ -569,7 +505,7 @@ def test_documents_of_another_tokenizer_are_refused(web, tmp_path):
     tokenize(options(web, tmp_path / "docs"))
     path = tmp_path / "docs" / "meta.json"
     path.write_text(path.read_text().replace(load_tokenizer().fingerprint, "0" * 16))
-    with pytest.raises(ValueError, match=r"docs was packed with tokenizer 'bytes' \(0000000000000000\)"):
+    with pytest.raises(ValueError, match=r"docs was made with tokenizer 'bytes' \(0000000000000000\)"):
         data.pack(PackConfig(from_=str(tmp_path / "docs"), domain="web", seq=512, out=str(tmp_path / "out")))
 
 
@@ -579,21 +515,6 @@ def test_a_token_that_no_tokenizer_has_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"token id 3\d\d, but there are only 295"):
         data.pack(PackConfig(from_=str(docs), domain="x", seq=128, out=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
-
-
-def test_training_refuses_a_token_that_the_model_has_not(tmp_path):
-    """A model of 256 ids, data with recall's symbols: an error with both numbers before the first step."""
-    small = model.Transformer(model.preset_config("tiny", 256)).init_weights(0)
-    model.save_pretrained(small, tmp_path / "small")
-    data.pack(PackConfig(domain="icl-128", seq=128, sequences=9, out=str(tmp_path / "packs" / "icl")))
-    try:
-        with pytest.raises(ValueError, match=r"icl has token id 2\d\d, but there are only 256"):
-            train.train(train.TrainConfig(init=str(tmp_path / "small"), data=str(tmp_path / "packs"),
-                                          mix="icl=1", seq=128, steps=2, batch_tokens=256, eval=False,
-                                          out=str(tmp_path / "run")))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 # --- 4. MDS --------------------------------------------------------------------------------------------
@@ -672,18 +593,18 @@ def test_a_damaged_mosaicml_folder_is_refused(tmp_path, change, why):
     shutil.copytree(ROOT / "tests" / "mds" / "static", tmp_path / "mds")
     change(tmp_path / "mds")
     with pytest.raises((ValueError, OSError), match=why):
-        list(pack_mds(tmp_path / "mds", 64))
+        list(pack_mds(tmp_path / "mds", 64, PackReport()))
 
 
 @pytest.mark.parametrize(("bounds", "why"), [([[0, 3], [4, 8]], "end to end"), ([[1, 8]], "end to end"),
                                              ([[0, 7]], "end to end"), ([[0, 8], [8, 8]], "end to end")])
 def test_documents_that_do_not_fill_a_sequence_are_refused(bounds, why):
     with pytest.raises(ValueError, match=why):
-        data._mds_sequence({"input_ids": np.arange(8), "indices": np.array(bounds)}, 8)
+        mds.check_sequence({"input_ids": np.arange(8), "indices": np.array(bounds)}, 8)
     with pytest.raises(ValueError, match="8 tokens, not 16"):
-        data._mds_sequence({"input_ids": np.arange(8)}, 16)
+        mds.check_sequence({"input_ids": np.arange(8)}, 16)
     with pytest.raises(ValueError, match="mask"):
-        data._mds_sequence({"input_ids": np.arange(8), "mask": np.ones(7)}, 8)
+        mds.check_sequence({"input_ids": np.arange(8), "mask": np.ones(7)}, 8)
 
 
 # --- 5. Inspect ----------------------------------------------------------------------------------------
@@ -701,10 +622,10 @@ def test_inspect_a_root_of_several_domains(tmp_path, capsys):
 
 def test_lengths_and_picture_by_hand():
     """Half of the tokens in a document of more than 4K; a letter a document, in proportion."""
-    line = data.format_lengths(np.array([5000, 4000, 1000]))
+    line = report.format_lengths(np.array([5000, 4000, 1000]))
     assert "shortest 1,000, median 4,000, longest 5,000" in line and ">4K 50.0%  >8K 0.0%" in line
-    assert data.picture((4, 2, 2), width=8) == "aaaabbcc"
-    assert data.picture((1,) * 30, width=30) == "abcdefghijklmnopqrstuvwxyzabcd"
+    assert report.picture((4, 2, 2), width=8) == "aaaabbcc"
+    assert report.picture((1,) * 30, width=30) == "abcdefghijklmnopqrstuvwxyzabcd"
 
 
 def test_inspect_without_the_tokenizer_shows_ids(tmp_path, capsys, monkeypatch):
@@ -718,57 +639,7 @@ def test_inspect_without_the_tokenizer_shows_ids(tmp_path, capsys, monkeypatch):
     assert re.search(r"as ids \(tokenizer '/gone/tokenizer.json' is unknown.*\[\d+, \d+", said, re.S)
 
 
-# --- 6. The paper's mixtures ---------------------------------------------------------------------------
-
-
-def short_parts(mixture: dict[str, float]) -> dict[str, int]:
-    """Percent of itself that each domain of a mixture's short part has."""
-    short = {name: share for name, share in mixture.items() if "-" not in name}
-    return {name: round(100 * share / sum(short.values())) for name, share in short.items()}
-
-
-def test_the_papers_mixtures():
-    """Tables 5, 6 and 9 and section A.4, to the percent; every mixture adds up to 1."""
-    (ablation,) = train.RECIPES["ablation"]
-    assert (ablation.seq_len, ablation.tokens, ablation.batch_tokens, ablation.rope_theta) == (
-        65_536, 5 * 2**30, 4 * 2**20, 8e6)
-    assert {name: share for name, share in ablation.mixture.items() if "-" in name} == {
-        "code_repos-64k": 0.30, "books-64k": 0.30}
-    assert short_parts(ablation.mixture) == {"fineweb": 25, "fineweb_edu": 25, "wikipedia": 10, "tulu_v2": 10,
-                                             "stackexchange": 10, "arxiv": 10, "openwebmath": 10}
-    stages = {stage.name: stage.mixture for stage in train.RECIPES["prolong"]}
-    final = {"fineweb_edu": 27, "fineweb": 27, "tulu_v2": 11, "stackexchange": 11, "wikipedia": 8,
-             "openwebmath": 8, "arxiv": 8}
-    for name, mixture in stages.items():
-        long = {domain: share for domain, share in mixture.items() if "-" in domain}
-        assert abs(sum(mixture.values()) - 1) < 1e-12 and short_parts(mixture) == final
-        for source, share in (("code_repos", 0.30), ("books", 0.30), ("textbooks", 0.03)):
-            parts = {domain: s for domain, s in long.items() if domain.startswith(source)}
-            assert abs(sum(parts.values()) - share) < 1e-12, (name, source)
-    assert stages["512k"]["code_repos-512k"] == stages["512k"]["code_repos-64k"] == 0.15
-    assert stages["512k"]["books-512k"] / 0.30 == pytest.approx(0.17)
-
-
-@pytest.mark.parametrize("name", train.SHORT_MIXES)
-def test_another_short_mix(name):
-    """--short-mix keeps the long part and its share, and fills the rest (Table 6)."""
-    (stage,) = train.choose_stages(train.TrainConfig(recipe="ablation", short_mix=name), head_dim=128)
-    assert sum(stage.mixture.values()) == pytest.approx(1)
-    assert {domain: share for domain, share in stage.mixture.items() if "-" in domain} == {
-        "code_repos-64k": 0.30, "books-64k": 0.30}
-    assert set(short_parts(stage.mixture)) == set(train.SHORT_MIXES[name])
-
-
-def test_a_short_mix_that_cannot_be():
-    with pytest.raises(ValueError, match="short mix 'c4' is unknown; choose one of shortmix"):
-        train.choose_stages(train.TrainConfig(recipe="ablation", short_mix="c4"), head_dim=128)
-    with pytest.raises(ValueError, match="leaves no share for the short mix"):
-        train.choose_stages(train.TrainConfig(recipe="tiny", short_mix="dclm"), head_dim=16)
-    with pytest.raises(ValueError, match="drop --short-mix"):
-        train.choose_stages(train.TrainConfig(recipe="ablation", short_mix="dclm", mix="a=1"), head_dim=16)
-
-
-# --- 7. From end to end --------------------------------------------------------------------------------
+# --- 6. From end to end --------------------------------------------------------------------------------
 
 
 def peak_gib(*arguments: str, cwd: Path) -> float:
@@ -787,7 +658,7 @@ def end_to_end(tmp_path: Path, least_bytes: int, seq: str, steps: int) -> dict[s
     for package in sorted(entry for root in roots for entry in root.iterdir() if entry.is_dir()):
         if package.name != "site-packages" and not (tmp_path / "repos" / package.name).exists():
             (tmp_path / "repos" / package.name).symlink_to(package)
-            size += sum(file.stat().st_size for file in data._files(package) if file.suffix in (".py", ".h"))
+            size += sum(file.stat().st_size for file in texts.list_files(package) if file.suffix in (".py", ".h"))
         if size >= 1.5 * least_bytes:
             break
     peaks = {"tokenize": peak_gib("data.py", "tokenize", "--input", "repos", "--format", "repos",
