@@ -54,9 +54,8 @@ from support.cli import option, parse_cli, parse_length, run_main
 from support.documents import TokenizeConfig
 from support.installed import generator
 
-add_config_args, format_length, parse_mixture = (  # public names of this file
-    cli.add_config_args, cli.format_length, cli.parse_mixture)
-tokenizer_files = tokenizers.tokenizer_files
+add_config_args, format_length = cli.add_config_args, cli.format_length  # public names
+parse_mixture, tokenizer_files = cli.parse_mixture, tokenizers.tokenizer_files
 IGNORE_INDEX = -100  # the label of a token that is not trained on
 
 # --- 1. Packing -----------------------------------------------------------------------------------
@@ -212,8 +211,8 @@ def write_packed(folder: str | Path, sequences: Iterable[PackedSequence], tokeni
                 ids.write(sequence.input_ids.astype(np.uint32, copy=False).data)
                 lens.write(np.array(sequence.doc_lens, np.uint32).data)
                 if sequence.loss_mask is not None and not has_mask:
-                    has_mask = True
-                    masks.write(b"\1" * (len(ends) - 1) * seq_len)  # those before: trained on whole
+                    has_mask = True  # the sequences before this one are trained on whole
+                    masks.write(b"\1" * (seq_len * (len(ends) - 1)))
                 if has_mask:
                     masks.write(_mask_of(sequence).data)
                 ends.append(ends[-1] + len(sequence.doc_lens))
@@ -271,7 +270,6 @@ class PackedDataset:
 
     @property
     def trained_share(self) -> float:
-        """The share of its tokens that are trained on."""
         return 1.0 if self.loss_mask is None else float(self.loss_mask.mean())
 
     def check_ids(self, vocab_size: int) -> None:
@@ -285,8 +283,7 @@ class PackedDataset:
     def check_content(self) -> None:
         """Read all of it. Raise ValueError if a byte is not as it was packed."""
         if files.sha256_of(self.folder, "*.bin") != self.meta["sha256"]:
-            raise ValueError(f"{self.folder} is not as it was packed: its sha256 is not that of "
-                             "meta.json; pack it again")
+            raise ValueError(f"{self.folder} is not as it was packed: sha256 differs; pack again")
 
 
 # --- 3. The mixture -------------------------------------------------------------------------------
@@ -315,7 +312,6 @@ class Mixture:
         self.drawn = dict.fromkeys(self.shares, 0)  # sequences that each domain has given
 
     def draw(self, n: int) -> list[PackedSequence]:
-        """The next `n` sequences."""
         return [self._next() for _ in range(n)]
 
     def _next(self) -> PackedSequence:
@@ -329,8 +325,8 @@ class Mixture:
 
     def resume(self, drawn: dict[str, int]) -> None:
         """Go on where `drawn` says. Raises ValueError if that is not a state of this mixture."""
-        if drawn.keys() != self.drawn.keys() or any(type(n) is not int or n < 0
-                                                    for n in drawn.values()):
+        numbers = all(type(n) is int and n >= 0 for n in drawn.values())
+        if drawn.keys() != self.drawn.keys() or not numbers:
             raise ValueError(f"the data's cursor {drawn} does not belong to the mixture of "
                              f"{', '.join(self.drawn)}; start anew with --init, not --resume")
         self.drawn = dict(drawn)
@@ -362,12 +358,9 @@ class Batch:
     sources: tuple[str, ...]
 
     def shard(self, sp_rank: int, sp_size: int) -> tuple[Tensor, Tensor]:
-        """The tokens and labels of one of `sp_size` ranks: a consecutive share of each.
-
-        Labels were shifted before this cut, so no target is lost at a rank's boundary.
-        """
-        share = len(self.input_ids) // sp_size
-        assert share * sp_size == len(self.input_ids)
+        """One rank's consecutive share. Labels were shifted before, so no cut loses a target."""
+        share, rest = divmod(len(self.input_ids), sp_size)
+        assert rest == 0
         mine = slice(sp_rank * share, (sp_rank + 1) * share)
         return self.input_ids[mine], self.labels[mine]  # (T,) -> (T / P,)
 
@@ -391,8 +384,7 @@ def arrange_step(sequences: Sequence[PackedSequence], dp_size: int, per_batch: i
     """Deal one step's sequences to [micro-step][dp rank]; ranks side by side get like costs.
 
     At every micro-step, all ranks wait for the slowest. Attention costs the sum of squared document
-    lengths, so we sort sequences by it. The step's summed gradient does not change (A.3, Table 15:
-    +11.7% throughput). `reorder` False keeps the drawn order, to compare.
+    lengths, so we sort by it. The step's summed gradient stays the same (A.3, Table 15: +11.7%).
     """
     if reorder:
         sequences = sorted(sequences, key=lambda s: sum(n * n for n in s.doc_lens))
@@ -424,7 +416,7 @@ def load_tokenizer(spec: str = "bytes") -> Tokenizer:
 
 
 def tokenizer_for(model_folder: str | Path, spec: str) -> Tokenizer:
-    """Load `spec`, for the model in a folder. Raises ValueError if that brings another tokenizer.
+    """Load `spec` for the model in a folder. Raises ValueError if it was trained with another one.
 
     To the model, ids of another tokenizer are other words, and only bad scores would show it.
     """
@@ -444,7 +436,7 @@ def tokenizer_for(model_folder: str | Path, spec: str) -> Tokenizer:
 def code_repos(tokenizer: Tokenizer, seed: int, held_out: bool = False) -> Iterator[Document]:
     """Each repository is one document: all its files in a random order, joined (section 3.1).
 
-    Other work orders files by dependency. Random order keeps related files further apart.
+    Other work orders them by dependency. Random order keeps related files further apart.
     """
     repositories = installed.list_repositories(held_out)
     names = list(repositories)
@@ -462,7 +454,7 @@ def textbooks(tokenizer: Tokenizer, seed: int) -> Iterator[Document]:
     return (tokenizer.document(book) for book in installed.books())
 
 
-LONGEST_BOOK = 2**18  # for longer documents we join the books of a subject, as the paper does
+LONGEST_BOOK = 2**18  # longer documents are the books of a subject, joined (A.2)
 
 
 def short(tokenizer: Tokenizer, seed: int) -> Iterator[Document]:
@@ -585,10 +577,9 @@ def tokenize(config: TokenizeConfig) -> None:
 
 
 def read_tokenized(folder: str | Path, seed: int) -> Iterator[Document]:
-    """All documents of a tokenized folder: its shards in random order, and in each its documents.
+    """All documents of a tokenized folder: its shards in random order, and the documents of each.
 
-    One shard is in memory at a time. A.2 samples documents at random from the whole; on a large
-    disk that would be one seek for each.
+    A.2 samples from the whole. With one shard in memory at a time, no document costs a disk seek.
     """
     meta = stored.read_meta_of(folder)
     for shard in generator(seed, "shards").permutation(meta["shards"]):
@@ -656,7 +647,6 @@ def pack(config: PackConfig) -> None:
         raise ValueError("--rule goes with --from alone, and --ranks not with --from-mds; drop it")
     meta = stored.read_meta_of(config.from_) if config.from_ else {"tokenizer": "bytes"}
     tokenizer = load_tokenizer(config.tokenizer or meta["tokenizer"])
-    enough = config.sequences
     if config.from_:
         files.check_tokenizer(config.from_, meta, tokenizer)
         sequences = pack_tokenized(config.from_, config.rule, domain, seq_len, seed, report,
@@ -665,7 +655,7 @@ def pack(config: PackConfig) -> None:
         sequences = pack_mds(config.from_mds, seq_len, report)
     else:
         sequences = pack_builtin(domain, tokenizer, seq_len, seed, report, config.ranks)
-        enough = enough or 1000
+    enough = config.sequences or (None if config.from_ or config.from_mds else 1000)
     bar = tqdm(itertools.islice(sequences, enough), disable=not sys.stderr.isatty())
     write_packed(config.out, bar, tokenizer, seq_len, domain, seed, report)
     print(f"documents in {report.documents_in:,} ({report.tokens_in:,} tokens), of no use whole "
@@ -694,13 +684,6 @@ def main() -> None:
     else:
         raise ValueError(f"command {' '.join(sys.argv[1:])!r} is unknown; write `data.py tokenize "
                          "--help`, `data.py pack --help` or `data.py inspect [--check] FOLDER`")
-
-
-# TEMPORARY, until the other files are merged
-from support.installed import is_held_out, list_repositories, syntax_trees  # noqa
-from support.toy import *  # noqa
-from support.files import read_json  # noqa
-_generator, _haystack_text = generator, haystack_text
 
 
 if __name__ == "__main__":
