@@ -1,4 +1,5 @@
-"""The command line: options are the fields of a dataclass, lengths are written "512k", errors take one line.
+"""The command line: options are the fields of a dataclass, lengths are written "512k", errors take
+one line.
 
     @dataclass(frozen=True)
     class PackConfig:
@@ -31,8 +32,8 @@ def parse_length(text: str | int) -> int:
     digits = str(text).lower().rstrip("kmb")
     unit = str(text).lower()[len(digits):]
     if not digits.isdecimal() or unit not in _UNITS or int(digits) == 0:
-        raise ValueError(f"length {text!r} is not a positive whole number with an optional k, m or b; "
-                         "write for example 2048, 2k or 20b")
+        raise ValueError(f"length {text!r} is not a positive whole number with an optional k, m or "
+                         "b; write for example 2048, 2k or 20b")
     return int(digits) * _UNITS[unit]
 
 
@@ -69,7 +70,8 @@ Entry = TypeVar("Entry")
 
 
 def choose(what: str, name: str, table: Mapping[str, Entry]) -> Entry:
-    """Look up `name`. Raises ValueError that lists the choices: choose("recipe", "tiny", RECIPES)."""
+    """Look up `name`. Raises ValueError that lists the choices: choose("recipe", "tiny",
+    RECIPES)."""
     if name not in table:
         raise ValueError(f"{what} {name!r} is unknown; choose one of {', '.join(table)}")
     return table[name]
@@ -90,7 +92,8 @@ def add_config_args(parser: argparse.ArgumentParser, config: type) -> None:
     hints = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
         flag, kind = "--" + field.name.strip("_").replace("_", "-"), hints[field.name]
-        kind = next((t for t in typing.get_args(kind) if t is not type(None)), kind)  # int | None -> int
+        choices = [t for t in typing.get_args(kind) if t is not type(None)]
+        kind = choices[0] if choices else kind  # int | None -> int
         help = field.metadata["help"] + ("" if field.default is None else " (default: %(default)s)")
         if kind is bool:
             parser.add_argument(flag, dest=field.name, action=argparse.BooleanOptionalAction,
@@ -125,11 +128,12 @@ def parse_cli(config: type[Config], doc: str | None, argv: Sequence[str] | None 
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script. A wrong value or file is for the user to mend: one line on stderr, exit code 2."""
+    """Run a script. A wrong value or file is for the user to mend: one line on stderr, exit code
+    2."""
     try:
         main()
     except (ValueError, OSError) as error:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(2)  # rank 0 usually has the same error and says it; torchrun then ends this rank
+            time.sleep(2)  # rank 0 usually says the same; torchrun then ends this rank
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -51,7 +51,8 @@ class TokenizeConfig:
 
 
 def encode_all(texts: Iterable[Text], tokenizer: Any, workers: int) -> Iterator[Ids]:
-    """Encode on threads (tiktoken works outside Python's lock), in order, 4 MiB of text at a time."""
+    """Encode on threads (tiktoken works outside Python's lock), in order, 4 MiB of text at a
+    time."""
     def encode(batch: list[Text]) -> list[Ids]:
         return [_encode_row(where, text, tokenizer) for where, text in batch]
 
@@ -86,9 +87,11 @@ def _windows(texts: Iterable[Text]) -> Iterator[list[Text]]:
 
 
 def tokenize(config: TokenizeConfig, tokenizer: Any) -> None:
-    """Tokenize a source into a folder of documents, shard by shard. Run again after a crash, it goes on.
+    """Tokenize a source into a folder of documents, shard by shard. Run again after a crash, it
+    goes on.
 
-    The order of rows alone cuts shards: the bytes are the same for any number of workers and crashes.
+    The order of rows alone cuts shards: the bytes are the same for any number of workers and
+    crashes.
     """
     out = Path(config.out)
     rows = read_rows(config.input, config.format, config.subset, config.split,
@@ -179,6 +182,6 @@ def read_shard(folder: Path) -> list[np.ndarray]:
     begins = np.append(0, ends)[:-1]
     if (len(ids), len(ends)) != (meta["tokens"], meta["documents"]) or (ends <= begins).any() or (
             len(ends) and ends[-1] != len(ids)):
-        raise ValueError(f"{folder}: its files and its meta.json do not agree; it is damaged, remove the "
-                         "folder and tokenize again")
+        raise ValueError(f"{folder}: its files and its meta.json do not agree; it is damaged, "
+                         "remove the folder and tokenize again")
     return [ids[begin:end] for begin, end in zip(begins, ends, strict=True)]

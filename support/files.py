@@ -1,7 +1,8 @@
 """Files that appear whole or not at all, and JSON that a stranger may have written.
 
-A writer that dies leaves a folder `x.writing` (half written, deleted by the next writer), and between its
-two renames `x.old` (whole, put back by `recover`). Nobody ever sees half a folder under its own name.
+A writer that dies leaves a folder `x.writing` (half written, deleted by the next writer), and
+between its two renames `x.old` (whole, put back by `recover`). Nobody ever sees half a folder under
+its own name.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import numpy as np
 
 @contextmanager
 def whole_folder(folder: str | Path) -> Iterator[Path]:
-    """`with whole_folder(path) as aside:` fills `aside`, which becomes `path` when the block ends well.
+    """`with whole_folder(path) as aside:` fills `aside`, which becomes `path` when the block ends
+    well.
 
     Files are fsynced before the rename. A folder that was there before is replaced.
     """
@@ -94,22 +96,23 @@ def read_json(path: Path, limit_bytes: int = 2**26) -> dict[str, Any]:
     return entry
 
 
-def read_meta(folder: Path, kinds: Mapping[str, type], format: str = "", command: str = "") -> dict[str, Any]:
+def read_meta(folder: Path, kinds: Mapping[str, type], format: str = "",
+              command: str = "") -> dict[str, Any]:
     """Read a folder's meta.json. Raises ValueError unless it has `kinds` of values, and the format.
 
     `command` is what makes such a folder: "pack" or "tokenize".
     """
     path = folder / "meta.json"
     if not path.is_file():
-        raise ValueError(f"{folder} is not a {command.rstrip('e')}ed data folder: it has no meta.json; "
-                         f"make one with `python data.py {command}`")
+        raise ValueError(f"{folder} is not a {command.rstrip('e')}ed data folder: it has no "
+                         f"meta.json; make one with `python data.py {command}`")
     meta = read_json(path)
     if meta.get("format", "") != format:
         raise ValueError(f"{path} does not say format {format!r}; make the folder again")
     for key, kind in kinds.items():
         value = meta.get(key)
         if type(value) is not kind or (isinstance(value, int) and value < 0 and key != "seed"):
-            raise ValueError(f"{path}: {key!r} is {value!r}, which is no {kind.__name__} that can be")
+            raise ValueError(f"{path}: {key!r} is {value!r}, no {kind.__name__} that can be")
     return meta
 
 
@@ -118,8 +121,8 @@ def map_file(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
     wanted = math.prod(shape) * np.dtype(dtype).itemsize
     size = path.stat().st_size if path.is_file() else 0
     if size != wanted:
-        raise ValueError(f"{path} has {size:,} bytes where meta.json says {wanted:,}; the folder is "
-                         "damaged, make it again")
+        raise ValueError(f"{path} has {size:,} bytes where meta.json says {wanted:,}; the "
+                         "folder is damaged, make it again")
     return np.memmap(path, dtype=dtype, mode="r", shape=shape)
 
 
@@ -135,8 +138,8 @@ def sha256_of(folder: Path, pattern: str) -> str:
 def check_ids(folder: str | Path, max_id: int, vocab_size: int) -> None:
     """Raise ValueError if a packed set has a token with no place in a vocabulary."""
     if max_id >= vocab_size:
-        raise ValueError(f"{folder} has token id {max_id:,}, but there are only {vocab_size:,}; use the "
-                         "tokenizer and the model that belong together")
+        raise ValueError(f"{folder} has token id {max_id:,}, but there are only {vocab_size:,}; "
+                         "use the tokenizer and the model that belong together")
 
 
 def check_tokenizer(folder: str | Path, meta: dict[str, Any], tokenizer: Any) -> None:

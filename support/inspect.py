@@ -15,7 +15,7 @@ from .report import draw_packed, format_lengths, picture
 
 def folder(path: Path, format: str, open_packed: Callable[[Path], Any],
            load_tokenizer: Callable[[str], Any], check: bool) -> None:
-    """Print what a folder holds: packed sequences, several packed domains, or tokenized documents."""
+    """Print what a folder holds: packed sequences, packed domains, or tokenized documents."""
     entries = [path, *sorted(path.iterdir())] if path.is_dir() else []
     packs = [open_packed(entry) for entry in entries if (entry / "meta.json").is_file()
              and read_json(entry / "meta.json").get("format") == format]
@@ -31,8 +31,9 @@ def folder(path: Path, format: str, open_packed: Callable[[Path], Any],
 
 def tokenized(folder: Path, meta: dict[str, Any]) -> None:
     """Print counts and lengths of tokenized documents."""
-    print(f"{folder}: {meta['documents']:,} documents, {meta['tokens']:,} tokens in {meta['shards']} "
-          f"shards, tokenizer {meta['tokenizer']}; {meta['bad']:,} of {meta['rows']:,} rows skipped")
+    print(f"{folder}: {meta['documents']:,} documents, {meta['tokens']:,} tokens in "
+          f"{meta['shards']} shards, tokenizer {meta['tokenizer']}; {meta['bad']:,} of "
+          f"{meta['rows']:,} rows skipped")
     print(format_lengths(np.concatenate([np.diff(np.fromfile(path, np.int64), prepend=0)
                                          for path in sorted(folder.glob("*/doc_ends.bin"))])))
 
@@ -43,8 +44,8 @@ def domains(datasets: Sequence[Any]) -> None:
     for dataset in datasets:
         tokens, meta = dataset.input_ids.size, dataset.meta
         print(f"{tokens / total:>6.1%} {dataset.folder.name:<20} {len(dataset):>8,} sequences x "
-              f"{dataset.seq_len:,} = {tokens:,} tokens, {meta['documents']:,} documents, tokenizer "
-              f"{meta['tokenizer_fingerprint']}")
+              f"{dataset.seq_len:,} = {tokens:,} tokens, {meta['documents']:,} documents, "
+              f"tokenizer {meta['tokenizer_fingerprint']}")
 
 
 def packed(dataset: Any, load_tokenizer: Callable[[str], Any]) -> None:

@@ -1,7 +1,7 @@
 """Texts that every Python installation brings along: code, prose, and names to ask about.
 
-A package of the standard library or of site-packages is what the paper calls a repository (section 3.1).
-One repository in eight is never trained on: validation and evaluation read only those.
+A package of the standard library or of site-packages is what the paper calls a repository (section
+3.1). One repository in eight is never trained on: validation and evaluation read only those.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def is_held_out(name: str) -> bool:
 def list_repositories(held_out: bool = False) -> dict[str, list[Path]]:
     """Installed packages with their Python files, in one order everywhere: {"json": [...], ...}.
 
-    Either those to train on, or those held out. Single-file modules of the standard library together are
-    one more repository, "modules".
+    Either those to train on, or those held out. Single-file modules of the standard library
+    together are one more repository, "modules".
     """
     paths = sysconfig.get_paths()
     found: dict[str, list[Path]] = {}
@@ -43,7 +43,8 @@ def list_repositories(held_out: bool = False) -> dict[str, list[Path]]:
                 found.setdefault("modules", []).append(entry)
             elif entry.is_dir() and entry.name not in ("site-packages", "dist-packages"):
                 found[entry.name] = sorted(entry.rglob("*.py"))
-    return {name: found[name] for name in sorted(found) if found[name] and is_held_out(name) == held_out}
+    names = [name for name in sorted(found) if found[name] and is_held_out(name) == held_out]
+    return {name: found[name] for name in names}
 
 
 def read_text(path: Path) -> str:
@@ -55,7 +56,8 @@ def read_text(path: Path) -> str:
 
 
 def join_files(files: Iterable[Path], enough: int = 2**20) -> str:
-    """Source files in one text, until there is enough: a few packages are far longer than the others."""
+    """Source files in one text, until there is enough: a few packages are far longer than the
+    others."""
     texts: list[str] = []
     size = 0
     for path in files:
@@ -78,7 +80,8 @@ def syntax_trees(files: Iterable[Path]) -> Iterator[ast.Module]:
 
 
 def books() -> Iterator[str]:
-    """Prose: Python's language reference, then for each package the docstrings of its modules, joined."""
+    """Prose: Python's language reference, then for each package the docstrings of its modules,
+    joined."""
     from pydoc_data.topics import topics
 
     yield "\n\n".join(topics[name] for name in sorted(topics))
@@ -89,7 +92,7 @@ def books() -> Iterator[str]:
 
 def functions_and_classes(path: Path) -> Iterator[str]:
     """The source text of each function and class at the top level of a file."""
-    lines = read_text(path).split("\n")  # as the parser counts; splitlines() would also end lines at form feeds
+    lines = read_text(path).split("\n")  # as the parser counts: a form feed ends no line
     for tree in syntax_trees([path]):
         for node in tree.body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -119,7 +122,8 @@ def standard_names(held_out: bool) -> tuple[tuple[str, bool, str], ...]:
 
 
 def ask_about_name(kind: str, rng: np.random.Generator, held_out: bool) -> list[tuple[str, str]]:
-    """A question about a name of the standard library and its answer: its "kind", "package" or "summary"."""
+    """A question about a name of the standard library and its answer: its "kind", "package" or
+    "summary"."""
     wanted = bool(rng.integers(2))  # as many classes as functions, so that chance is a half
     names = [(name, is_class, summary) for name, is_class, summary in standard_names(held_out)
              if is_class == wanted and (summary or kind != "summary")]

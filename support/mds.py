@@ -1,12 +1,14 @@
 """ProLong's own packed data: mosaicml-streaming folders (MDS), read by hand.
 
-In such a folder index.json names shards. A shard is
+In such a folder index.json names shards. A shard holds
 
-    uint32 samples, uint32 offsets (samples + 1), ...   and at each offset a sample: the uint32 sizes of its
-                                                        columns of variable size, then the columns
+    uint32 samples, uint32 offsets (samples + 1)    where each sample begins, the last one ends
+    samples                                         for each, the uint32 sizes of its columns of
+                                                    variable size, then its columns
 
-with columns input_ids, indices (where its documents begin and end) and, for SFT, mask. These are arrays that
-say their dtype and shape in their first bytes, unless the column's encoding does ("ndarray:uint32").
+with columns input_ids, indices (where its documents begin and end) and, for SFT, mask. These are
+arrays that say their dtype and shape in their first bytes, unless the column's encoding does
+("ndarray:uint32").
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ def read_mds(folder: str | Path, seq_len: int) -> Iterator[Packed]:
         path = Path(folder, (shard.get("zip_data") or shard["raw_data"])["basename"])
         names = shard.get("column_names", [])
         if shard.get("format") != "mds" or "input_ids" not in names or ".." in path.parts:
-            raise ValueError(f"{folder}/index.json: {path}, a {shard.get('format')!r} shard with columns "
-                             f"{names}, is no MDS shard with input_ids")
+            raise ValueError(f"{folder}/index.json: {path}, a {shard.get('format')!r} shard with "
+                             f"columns {names}, is no MDS shard with input_ids")
         with open_file(path) as file:
             content = file.read()
         for i in range(shard["samples"]):
@@ -49,7 +51,8 @@ def _read_sample(content: bytes, i: int, shard: dict[str, Any]) -> dict[str, np.
     variable = iter(np.frombuffer(content, np.uint32, n_variable, begin).tolist())
     begin += 4 * n_variable
     columns = {}
-    for name, encoding, size in zip(shard["column_names"], shard["column_encodings"], sizes, strict=True):
+    names, encodings = shard["column_names"], shard["column_encodings"]
+    for name, encoding, size in zip(names, encodings, sizes, strict=True):
         size = next(variable) if size is None else size
         if name in ("input_ids", "indices", "mask"):
             columns[name] = _read_array(content[begin:begin + size], encoding)
@@ -73,14 +76,17 @@ def _read_array(content: bytes, encoding: str) -> np.ndarray:
 
 
 def check_sequence(columns: dict[str, np.ndarray], seq_len: int) -> Packed:
-    """A sample as ids, document lengths and mask. Raises ValueError unless documents fill it exactly."""
+    """A sample as ids, document lengths and mask. Raises ValueError unless documents fill it
+    exactly."""
     ids, mask = columns["input_ids"], columns.get("mask")
     bounds = columns.get("indices", np.array([0, len(ids)])).astype(np.int64).reshape(-1, 2)
     begins, ends = bounds[:, 0], bounds[:, 1]
     if len(ids) != seq_len:
         raise ValueError(f"it has {len(ids):,} tokens, not {seq_len:,}; give their length as --seq")
-    if begins[0] != 0 or ends[-1] != seq_len or (begins[1:] != ends[:-1]).any() or (begins >= ends).any():
-        raise ValueError(f"its documents {bounds.tolist()[:4]} do not lie end to end in {seq_len:,} tokens")
+    if (begins[0] != 0 or ends[-1] != seq_len or (begins[1:] != ends[:-1]).any()
+            or (begins >= ends).any()):
+        raise ValueError(f"its documents {bounds.tolist()[:4]} do not lie end to end in "
+                         f"{seq_len:,} tokens")
     if mask is not None and mask.shape != ids.shape:
         raise ValueError(f"its mask is {mask.shape}, its tokens are {ids.shape}")
     doc_lens = tuple((ends - begins).tolist())

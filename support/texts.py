@@ -21,18 +21,21 @@ from .installed import generator
 Row = tuple[str, "dict[str, Any] | ValueError"]
 SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".arrow": "arrow",
             ".txt": "text", ".md": "text"}
-COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "zstandard", ".zstd": "zstandard"}
+COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "zstandard",
+              ".zstd": "zstandard"}
 
 # --- 1. Rows --------------------------------------------------------------------------------------
 
 
 def read_rows(source: str, format: str = "auto", subset: str | None = None, split: str = "train",
               limit_bytes: int = 2**26, seed: int = 0) -> Iterator[Row]:
-    """All rows of a source, in one order everywhere. Raises ValueError for what can't be read at all.
+    """All rows of a source, in one order everywhere. Raises ValueError for what can't be read at
+    all.
 
-    `format` is auto (by the suffix), jsonl, parquet, arrow, text (a file is a row), repos (a folder of
-    repositories) or hub (`source` names a data set, `subset` and `split` its part). Rows longer than
-    `limit_bytes` are bad, longer repositories are cut. `seed` orders the files of a repository.
+    `format` is auto (by the suffix), jsonl, parquet, arrow, text (a file is a row), repos (a folder
+    of repositories) or hub (`source` names a data set, `subset` and `split` its part). Rows longer
+    than `limit_bytes` are bad, longer repositories are cut. `seed` orders the files of a
+    repository.
     """
     if format == "hub":
         yield from _hub_rows(source, subset, split)
@@ -48,7 +51,8 @@ def read_rows(source: str, format: str = "auto", subset: str | None = None, spli
         "text": lambda path: iter([(str(path), _text_row(path, limit_bytes))]),
         "repos": lambda path: _repository_rows(path, limit_bytes, seed)}
     if format not in readers:
-        raise ValueError(f"--format {format!r} is unknown; choose auto, {', '.join(readers)} or hub")
+        known = ", ".join(readers)
+        raise ValueError(f"--format {format!r} is unknown; choose auto, {known} or hub")
     for path in [root] if format == "repos" else files:
         try:
             yield from readers[format](path)
@@ -58,7 +62,8 @@ def read_rows(source: str, format: str = "auto", subset: str | None = None, spli
 
 
 def list_files(folder: Path) -> list[Path]:
-    """Regular files below a folder, sorted; hidden files, hidden folders and links are passed over."""
+    """Regular files below a folder, sorted; hidden files, hidden folders and links are passed
+    over."""
     found = [Path(top, name) for top, _, names in os.walk(folder) for name in names]
     return sorted(path for path in found if path.is_file() and not path.is_symlink()
                   and not any(part.startswith(".") for part in path.relative_to(folder).parts))
@@ -69,13 +74,14 @@ def _format_by_suffix(root: Path, files: list[Path]) -> str:
     kinds = {SUFFIXES.get(path.suffix, "") for path in plain}
     if len(kinds) != 1 or "" in kinds:
         suffixes = ", ".join(sorted({path.suffix or path.name for path in files})[:9])
-        raise ValueError(f"{root} holds {suffixes or 'nothing'}: not one kind of file by its suffix; "
-                         "say which with --format")
+        raise ValueError(f"{root} holds {suffixes or 'nothing'}: not one kind of file by its "
+                         "suffix; say which with --format")
     return kinds.pop()
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a file for reading, decompressed by its suffix. Raises ValueError if that needs a package."""
+    """Open a file for reading, decompressed by its suffix. Raises ValueError if that needs a
+    package."""
     if path.suffix not in COMPRESSED:
         return open(path, "rb")
     try:
@@ -85,7 +91,8 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def _jsonl_rows(path: Path, limit_bytes: int) -> Iterator[Row]:
-    """JSON objects, one a line. By hand: a library's reader loses the good rows before a bad one."""
+    """JSON objects, one a line. By hand: a library's reader loses the good rows before a bad
+    one."""
     with open_file(path) as file:
         for number in itertools.count(1):
             line = file.readline(limit_bytes)
@@ -152,8 +159,8 @@ def _text_row(path: Path, limit_bytes: int) -> dict[str, Any] | ValueError:
 
 
 def _repository_rows(root: Path, limit_bytes: int, seed: int) -> Iterator[Row]:
-    """Each folder in `root` is a repository. Its text files, joined in a seeded order, are one row, or
-    several rows if they are longer than `limit_bytes`."""
+    """Each folder in `root` is a repository. Its text files, joined in a seeded order, are one row,
+    or several rows if they are longer than `limit_bytes`."""
     for entry in sorted(root.iterdir()):
         if not entry.is_dir() or entry.name.startswith("."):
             continue

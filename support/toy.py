@@ -1,7 +1,9 @@
-"""Made-up documents that teach a tiny model to look things up and to learn from examples, as arrays.
+"""Made-up documents that teach a tiny model to look things up and to learn from examples, as
+arrays.
 
-Recall. A pair is a mark, a key and its value of four symbols; a question is another mark and a key. All of
-these are special tokens (<|pair|>, <|ask|>, <|A|>, ...), so no real text contains one. Here ~ and ? are the marks:
+Recall. A pair is a mark, a key and its value of four symbols; a question is another mark and a key.
+All of these are special tokens (<|pair|>, <|ask|>, <|A|>, ...), so no real text contains one. Here
+~ and ? are the marks:
 
     <begin> import os ~QX7KA def main(): ~CPLM3 return 0 ?CPLM3?QX7KA <end>
             a haystack of real code, with pairs scattered in it    only the answers are trained
@@ -10,10 +12,11 @@ ICL (in-context learning). A line is a mark, a symbol of one of six topics, and 
 
     <begin>~A3~N7~X5~C3 ... <end>       A and C are one topic, which has number 3 in this document
 
-The numbers are dealt anew for every document, so only the examples tell which topic has which (A.1).
+The numbers are dealt anew for every document, so only the examples tell which topic has which
+(A.1).
 
-The alphabet has 32 symbols, as in base 32. With keys of two symbols, or with 64 symbols, a model this small
-does not learn to recall within minutes (docs/LOG.md).
+The alphabet has 32 symbols, as in base 32. With keys of two symbols, or with 64 symbols, a model
+this small does not learn to recall within minutes (docs/LOG.md).
 """
 
 from __future__ import annotations
@@ -36,17 +39,20 @@ ICL_LINE = 3  # "~A3"
 def recall_pairs(rng: np.random.Generator, batch: int, n_pairs: int) -> np.ndarray:
     """Draw keys (different from each other) and values: (batch, n_pairs, 1 + VALUE_LEN) tokens.
 
-    At each of the four positions all values of a document differ. So one symbol and its position are enough
-    to know which value is being copied, and the model can continue. If values could share a symbol, it would
-    have to compare two symbols, and models this small often never learn that (docs/LOG.md).
+    At each of the four positions all values of a document differ. So one symbol and its position
+    are enough to know which value is being copied, and the model can continue. If values could
+    share a symbol, it would have to compare two symbols, and models this small often never learn
+    that (docs/LOG.md).
     """
-    dealt = rng.permuted(np.tile(SYMBOLS, (batch, 1 + VALUE_LEN, 1)), axis=2)  # (batch, 1 + VALUE_LEN, 32)
+    # (batch, 1 + VALUE_LEN, 32): at each position, the alphabet in another order
+    dealt = rng.permuted(np.tile(SYMBOLS, (batch, 1 + VALUE_LEN, 1)), axis=2)
     return dealt[:, :, :n_pairs].transpose(0, 2, 1)  # -> (batch, n_pairs, 1 + VALUE_LEN)
 
 
 def scatter_pairs(rng: np.random.Generator, pairs: np.ndarray,
                   haystack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scatter pairs (B, n, 5) at random places of a haystack (B, m) -> contexts (B, m + 6n), starts (B, n).
+    """Scatter pairs (B, n, 5) at random places of a haystack (B, m) -> contexts (B, m + 6n), starts
+    (B, n).
 
     Pairs keep their order; `starts` says where in its context each of them begins.
     """
@@ -59,16 +65,19 @@ def scatter_pairs(rng: np.random.Generator, pairs: np.ndarray,
 
 
 def pairs_and_room(rng: np.random.Generator, batch: int, length: int) -> tuple[np.ndarray, int]:
-    """The pairs of recall documents, one to every 16 tokens up to 16, and the tokens left for a haystack."""
+    """The pairs of recall documents, one to every 16 tokens up to 16, and the tokens left for a
+    haystack."""
     n_pairs = min(length // 16, N_PAIRS)
     return recall_pairs(rng, batch, n_pairs), length - 2 - 2 * n_pairs * PAIR_LEN
 
 
 def recall_rows(rng: np.random.Generator, pairs: np.ndarray, haystack: np.ndarray, bos: int,
                 eos: int) -> tuple[np.ndarray, np.ndarray]:
-    """Whole documents: the pairs scattered in a haystack (B, m), then a question about each, in random order.
+    """Whole documents: the pairs scattered in a haystack (B, m), then a question about each, in
+    random order.
 
-    Returns ids (B, length) and the loss mask (length,) that all of them share: only answers are trained.
+    Returns ids (B, length) and the loss mask (length,) that all of them share: only answers are
+    trained.
     """
     batch, n_pairs, _ = pairs.shape
     contexts, _ = scatter_pairs(rng, pairs, haystack)
@@ -85,7 +94,8 @@ def recall_rows(rng: np.random.Generator, pairs: np.ndarray, haystack: np.ndarra
 
 
 def icl_lines(rng: np.random.Generator, batch: int, n_lines: int) -> np.ndarray:
-    """Labelled examples, (batch, n_lines, ICL_LINE). They come in rounds, and each round has every topic once."""
+    """Labelled examples, (batch, n_lines, ICL_LINE). They come in rounds, and each round has every
+    topic once."""
     n = len(TOPICS)
     rounds = -(-n_lines // n)
     topics = rng.permuted(np.tile(np.arange(n), (batch, rounds, 1)), axis=2)

@@ -22,7 +22,7 @@ import tiktoken
 
 import data
 from data import Tokenizer, load_tokenizer
-from support import tokenizers as files
+from support import tokenizer_files as files
 
 tokenizers = pytest.importorskip("tokenizers")
 
