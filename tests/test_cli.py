@@ -1,4 +1,5 @@
-"""Tests of support/cli.py: lengths are read and written exactly, a mistake ends in one line and exit code 2."""
+"""Tests of support/cli.py: lengths are read and written exactly, a mistake ends in one line and
+exit code 2."""
 
 import re
 from dataclasses import dataclass, fields
@@ -88,7 +89,8 @@ def test_every_field_is_an_option():
     (["--plan", "--no-plan", "--lr", "-1"], Options(lr=-1.0)),
 ])
 def test_parse_cli_fills_the_config(argv, config):
-    """Options reach their fields with the right type; the later of two wins; the rest is default."""
+    """Options reach their fields with the right type; the later of two wins; the rest is
+    default."""
     assert parse_cli(Options, "doc", argv) == config
 
 
@@ -98,7 +100,8 @@ def test_parse_cli_fills_the_config(argv, config):
     (["--lr", "fast"], "fast"), (["--reorder=yes"], "yes"), (["stray"], "stray"),
 ])
 def test_a_wrong_command_line_ends_in_one_line(argv, named, capsys):
-    """Unknown, abbreviated, valueless or badly valued: exit code 2, one line that names the culprit."""
+    """Unknown, abbreviated, valueless or badly valued: exit code 2, one line that names the
+    culprit."""
     with pytest.raises(SystemExit) as exit:
         parse_cli(Options, "doc", argv)
     out, err = capsys.readouterr()

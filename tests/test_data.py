@@ -130,11 +130,13 @@ def test_unknown_tokenizers_are_refused(spec):
 
 # --- 2. Packing ----------------------------------------------------------------------------------------
 #
-# Every token of these documents has a number of its own, so that a sequence says which tokens it took.
+# Every token of these documents has a number of its own, so that a sequence says which tokens it
+# took.
 
 
 def make_documents(specs: list[tuple[int, bool]]) -> list[Document]:
-    """Documents of the given lengths; where a spec says so, with a mask: multiples of 3 are not trained."""
+    """Documents of the given lengths; where a spec says so, with a mask: multiples of 3 are not
+    trained."""
     documents, begin = [], 0
     for n, masked in specs:
         ids = np.arange(begin, begin + n, dtype=np.uint32)
@@ -182,7 +184,8 @@ def test_pack_long_keeps_whole_pieces_in_order(documents, doc_len, pieces_each):
 @property_test
 @given(DOCUMENTS, st.integers(1, 12), st.integers(1, 4))
 def test_pack_short_loses_nothing(documents, share, ranks):
-    """The documents laid end to end, cut at every share of every sequence, with their own ends kept."""
+    """The documents laid end to end, cut at every share of every sequence, with their own ends
+    kept."""
     report, seq_len = PackReport(), share * ranks
     sequences = list(pack_short(documents, seq_len, report, ranks=ranks))
     assert not any(crosses_ranks(s.doc_lens, ranks) for s in sequences)
@@ -233,7 +236,8 @@ def test_packing_by_hand(pack, ids, doc_lens):
 
 
 def test_masks_travel_with_their_tokens():
-    """Beside a masked document, one without a mask is trained on whole; without any, there is no mask."""
+    """Beside a masked document, one without a mask is trained on whole; without any, there is no
+    mask."""
     documents = make_documents([(3, False), (5, True), (4, False), (4, False)])
     first, second = pack_short(documents, 8)
     assert first.loss_mask.tolist() == [True] * 3 + [False, True, True, False, True]  # not 3, not 6
@@ -250,7 +254,8 @@ def test_pack_long_refuses_lengths_that_do_not_divide(doc_len, seq_len):
 @pytest.mark.parametrize("pack", [lambda d: pack_long(d, 8), lambda d: pack_short(d, 8),
                                   lambda d: pack_sft(d, 8)])
 def test_packing_is_lazy(pack):
-    """The first sequence needs only the documents it is made of: a corpus need not fit in memory."""
+    """The first sequence needs only the documents it is made of: a corpus need not fit in
+    memory."""
     endless = (Document(np.full(8, i, np.uint32)) for i in iter(int, None))  # zeros without end
     assert [s.doc_lens for s in islice(pack(endless), 3)] == [(8,)] * 3
 
@@ -276,7 +281,8 @@ def test_batch_by_hand():
 @property_test
 @given(SOME_DOCUMENTS, st.sampled_from([8, 12, 24]))
 def test_packed_labels_are_those_of_separate_documents(documents, seq_len):
-    """Batching many documents gives each the labels it has in a batch of its own: nothing crosses."""
+    """Batching many documents gives each the labels it has in a batch of its own: nothing
+    crosses."""
     sequences = list(pack_short(documents, seq_len))
     packed = make_batch(sequences)
     separate, ids, flags = [], *laid_end_to_end(sequences)
@@ -469,7 +475,8 @@ def test_a_damaged_folder_does_not_open(packed, damage, named):
 
 @pytest.mark.parametrize("make", [lambda path: None, Path.mkdir, Path.touch])
 def test_what_is_no_packed_folder_does_not_open(tmp_path, make):
-    """A missing path, an empty folder and a plain file are named, with the command that makes a folder."""
+    """A missing path, an empty folder and a plain file are named, with the command that makes a
+    folder."""
     make(tmp_path / "nothing")
     with pytest.raises(ValueError, match=r"nothing is not a packed data folder.*data\.py pack"):
         PackedDataset(tmp_path / "nothing")
@@ -501,7 +508,8 @@ SHARES = st.lists(st.floats(1e-4, 1e4) | st.integers(0, 9), min_size=1, max_size
 @property_test
 @given(SHARES)
 def test_shares_hold_at_every_prefix_to_within_one(shares):
-    """After any n draws, a domain with share s has given less than one sequence more or fewer than s n."""
+    """After any n draws, a domain with share s has given less than one sequence more or fewer than
+    s n."""
     mixture, total, given_so_far = make_mixture(shares), math.fsum(shares.values()), Counter()
     for n in range(1, 250):
         (name,) = mixture.draw(1)
@@ -602,7 +610,8 @@ def steps(draw):
 @property_test
 @given(steps(), st.booleans())
 def test_every_sequence_is_dealt_once(step, reorder):
-    """[micro-step][rank] batches are equally many, equally large, and together the step's sequences."""
+    """[micro-step][rank] batches are equally many, equally large, and together the step's
+    sequences."""
     sequences, dp_size, per_batch = step
     dealt = arrange_step(sequences, dp_size, per_batch, reorder)
     assert {len(ranks) for ranks in dealt} == {dp_size}
@@ -629,7 +638,8 @@ FILES = ["__init__", "core", "util"]
 
 
 def source_text(name: str) -> str:
-    """A module with a docstring, a function, a class, and what would be a pair of the recall task."""
+    """A module with a docstring, a function, a class, and what would be a pair of the recall
+    task."""
     return (f'"""About {name}. {"It explains itself at some length. " * 7}"""\n\n'
             f"{function_text(name)}\n\n{class_text(name)}\n\nFORMAT = '~QAAAA'\n")
 
@@ -674,7 +684,8 @@ def texts(tokenizer: Tokenizer, documents) -> list[str]:
 
 
 def test_a_repository_is_one_document(installation, tokenizer):
-    """Each package is one document of all its files; single-file modules are one more; nothing else is."""
+    """Each package is one document of all its files; single-file modules are one more; nothing else
+    is."""
     found = [sorted(re.findall(r"^def make_(\w+)", text, re.M)) for held_out in (False, True)
              for text in texts(tokenizer, data.code_repos(tokenizer, 0, held_out))]
     wanted = [[f"{package}_{file}" for file in FILES] for package in PACKAGES]
@@ -682,14 +693,16 @@ def test_a_repository_is_one_document(installation, tokenizer):
 
 
 def test_files_of_a_repository_stand_in_every_order(installation, tokenizer):
-    """Over some seeds, three files of a repository come in all six orders: not always the sorted one."""
+    """Over some seeds, three files of a repository come in all six orders: not always the sorted
+    one."""
     code = ["\n".join(texts(tokenizer, data.code_repos(tokenizer, seed))) for seed in range(30)]
     orders = {tuple(re.findall(r"^def make_package7_(\w+)", text, re.M)) for text in code}
     assert orders == set(permutations(FILES))
 
 
 def test_held_out_repositories_are_never_trained_on(installation, tokenizer):
-    """Training and held-out repositories are disjoint and together all; `short` has the training ones."""
+    """Training and held-out repositories are disjoint and together all; `short` has the training
+    ones."""
     domains = (data.code_repos(tokenizer, 0), data.code_repos(tokenizer, 0, True), data.short(tokenizer, 0))
     train, held_out, short = (set(re.findall(r"^def make_([^_]+)", "\n".join(texts(tokenizer, domain)), re.M))
                               for domain in domains)
@@ -707,7 +720,8 @@ def test_short_documents_are_functions_and_classes(installation, tokenizer):
 
 
 def test_textbooks_are_joined_chapters(installation, tokenizer):
-    """The first book is the language reference, in order; the others are docstrings, with no code."""
+    """The first book is the language reference, in order; the others are docstrings, with no
+    code."""
     first, *books = texts(tokenizer, data.textbooks(tokenizer, 0))
     assert first == "About for. " * 30 + "\n\n" + "About if. " * 30
     assert any(f"About package7_{file}." in book for book in books for file in FILES)
@@ -761,7 +775,8 @@ def test_the_seed_alone_fixes_a_pack(installation, domain):
 
 
 def test_a_haystack_is_code_without_pairs(installation, tokenizer):
-    """Windows are stretches of the repositories, held out or not as asked: bytes, no special token."""
+    """Windows are stretches of the repositories, held out or not as asked: bytes, no special
+    token."""
     for held_out in (False, True):
         windows = data.haystack_windows(tokenizer, np.random.default_rng(0), 20, 200, 0, held_out)
         code = "".join(texts(tokenizer, data.code_repos(tokenizer, 0, held_out)))
@@ -773,7 +788,8 @@ def test_a_haystack_is_code_without_pairs(installation, tokenizer):
 @pytest.mark.parametrize(("name", "shortest", "longest"), [("recall_bare", 32, 128), ("recall", 32, 1024),
                                                            ("icl", 64, 256), ("icl", 64, 64)])
 def test_lengths_of_a_synthetic_domain_share_its_tokens(installation, tokenizer, name, shortest, longest):
-    """The longest, half of it, a quarter, ..., none too short; and each length has as many tokens."""
+    """The longest, half of it, a quarter, ..., none too short; and each length has as many
+    tokens."""
     documents = list(islice(data.SYNTHETIC_DOMAINS[name](tokenizer, 0, longest), 100))
     lengths = sorted({len(document) for document in documents}, reverse=True)
     assert lengths == [longest >> i for i in range(len(lengths))] and lengths[-1] >= shortest
@@ -799,7 +815,8 @@ def test_synthetic_documents_are_never_cut(installation, tokenizer, domain):
                                     "code_repos-2q", "icl-0", "icl-32", "recall-16", "recall-100",
                                     "recall_bare-48", "recall-4k"])
 def test_unknown_domains_are_refused(installation, tokenizer, domain):
-    """A name that is not known, or a length that is missing, cannot be or does not fit a sequence."""
+    """A name that is not known, or a length that is missing, cannot be or does not fit a
+    sequence."""
     with pytest.raises(ValueError, match=r"domain|length"):
         list(islice(pack_builtin(domain, tokenizer, 2048, 0, PackReport()), 1))
 

@@ -1,4 +1,5 @@
-"""Tests of what data.py reads and writes: sources of text, tokenized folders, packs of them, MDS, inspect.
+"""Tests of what data.py reads and writes: sources of text, tokenized folders, packs of them, MDS,
+inspect.
 
     sources     every format gives the same documents; a bad row is named, or skipped and counted
     tokenized   the same bytes whatever the number of workers, and wherever it was killed
@@ -129,7 +130,8 @@ def test_a_hub_data_set_streams(tmp_path, monkeypatch):
 
 
 def test_a_folder_is_read_in_one_order(tmp_path):
-    """Several files of one kind are one source, by their sorted paths, whatever lies hidden among them."""
+    """Several files of one kind are one source, by their sorted paths, whatever lies hidden among
+    them."""
     for name in ("b.jsonl", "a.jsonl.gz", "c/d.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         content = jsonl([name])
@@ -147,7 +149,8 @@ BAD_LINES = [(b"{", "is not JSON"), (b'{"text": "\xff"}', "is not JSON"),
 
 @pytest.mark.parametrize(("line", "why"), BAD_LINES)
 def test_a_bad_line_stops_or_is_skipped(tmp_path, line, why):
-    """By default it stops, with file and row; with --on-bad skip every good row before and after it stays."""
+    """By default it stops, with file and row; with --on-bad skip every good row before and after it
+    stays."""
     path, docs = tmp_path / "web.jsonl", tmp_path / "docs"
     path.write_bytes(jsonl(["one"]) + line + b"\n" + jsonl(["two"]))
     config = TokenizeConfig(input=str(path), out=str(docs), max_document_bytes=100_000)
@@ -199,7 +202,8 @@ def cut_in_half(path: Path) -> Path:
     (lambda p: (p / "a.tar").write_bytes(b"a"), "not one kind"),
 ])
 def test_what_cannot_be_read_is_named(tmp_path, make, why):
-    """Truncated, of the wrong column or kind, binary, empty, missing: one message; nothing is written."""
+    """Truncated, of the wrong column or kind, binary, empty, missing: one message; nothing is
+    written."""
     source, out = tmp_path / "source", tmp_path / "out"
     source.mkdir()
     made = make(source)
@@ -354,7 +358,8 @@ def test_another_job_does_not_go_on_in_the_same_folder(web, tmp_path, monkeypatc
 
 @pytest.mark.slow
 def test_a_process_killed_for_real_goes_on(tmp_path):
-    """SIGKILL while it writes shards; run again as typed (two processes that import torch: 10 s)."""
+    """SIGKILL while it writes shards; run again as typed (two processes that import torch: 10
+    s)."""
     (tmp_path / "web.jsonl").write_bytes(jsonl([f"{i} " * 200 for i in range(4_000)]))
     command = [sys.executable, str(ROOT / "data.py"), "tokenize", "--input", str(tmp_path / "web.jsonl"),
                "--shard-tokens", "256k", "--out"]
@@ -409,7 +414,8 @@ def test_a_damaged_tokenized_folder_is_refused(web, tmp_path, file, change, why)
 
 
 def write_numbered(folder: Path, shards: list[list[int]]) -> Path:
-    """A tokenized folder of documents of given lengths, in which every token has a number of its own."""
+    """A tokenized folder of documents of given lengths, in which every token has a number of its
+    own."""
     token, metas = 0, []
     for n, lens in enumerate(shards):
         part = folder / f"{n:05d}"
@@ -433,7 +439,8 @@ SHARDS = st.lists(st.lists(st.integers(1, 50), max_size=8), min_size=1, max_size
 @property_test
 @given(SHARDS, st.sampled_from(["short", "sft", "x-8", "x-16"]), st.integers(0, 3))
 def test_every_token_is_where_its_rule_puts_it(tmp_path_factory, shards, domain, seed):
-    """Short: all but less than a sequence. Long: the whole pieces of what is long enough. None twice."""
+    """Short: all but less than a sequence. Long: the whole pieces of what is long enough. None
+    twice."""
     folder = write_numbered(tmp_path_factory.mktemp("docs") / "docs", shards)
     rule, report, seq_len = "sft" if domain == "sft" else "auto", PackReport(), 16
     sequences = list(pack_tokenized(str(folder), rule, domain, seq_len, seed, report))
@@ -546,7 +553,8 @@ def wide_tokenizer() -> data.Tokenizer:
 
 
 def test_a_mosaicml_folder_becomes_ours(tmp_path, monkeypatch, capsys):
-    """--from-mds, with the mask: what training will read. Without a tokenizer that has the ids, an error."""
+    """--from-mds, with the mask: what training will read. Without a tokenizer that has the ids, an
+    error."""
     config = PackConfig(from_mds=str(ROOT / "tests" / "mds" / "sft"), domain="ultrachat", seq=64,
                         out=str(tmp_path / "sft"))
     with pytest.raises(ValueError, match=r"has token id 12\d,\d{3}, but there are only 295"):
@@ -651,7 +659,8 @@ def peak_gib(*arguments: str, cwd: Path) -> float:
 
 
 def end_to_end(tmp_path: Path, least_bytes: int, seq: str, steps: int) -> dict[str, float]:
-    """Installed packages as repositories -> documents -> sequences -> training, as typed; peaks in GiB."""
+    """Installed packages as repositories -> documents -> sequences -> training, as typed; peaks in
+    GiB."""
     (tmp_path / "repos").mkdir()
     paths, size = sysconfig.get_paths(), 0
     roots = [Path(paths[key]) for key in ("stdlib", "purelib")]

@@ -1,8 +1,10 @@
-"""Tests of the tokenizers that data.py reads: each gives the ids of the library that the file belongs to.
+"""Tests of the tokenizers that data.py reads: each gives the ids of the library that the file
+belongs to.
 
-Four byte-level BPE families are trained here, small, on this interpreter's own source, with Hugging Face's
-`tokenizers`: GPT-2 (its own split), Llama-3 (its split, whole words first, begin of text), Qwen (NFC, single
-digits) and SmolLM (digits taken out first). On a megabyte of code and of every script, ids are equal.
+Four byte-level BPE families are trained here, small, on this interpreter's own source, with Hugging
+Face's `tokenizers`: GPT-2 (its own split), Llama-3 (its split, whole words first, begin of text),
+Qwen (NFC, single digits) and SmolLM (digits taken out first). On a megabyte of code and of every
+script, ids are equal.
 """
 
 import base64
@@ -99,7 +101,8 @@ MEGABYTE = source_text(600_000)[:600_000] + text_of_all_scripts(200_000)
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_megabyte_has_the_ids_of_hugging_face(folders, family):
-    """Mixed code, scripts and white space; a special token's name in it stays text, as everywhere here."""
+    """Mixed code, scripts and white space; a special token's name in it stays text, as everywhere
+    here."""
     theirs = tokenizers.Tokenizer.from_file(str(folders[family] / "tokenizer.json"))
     theirs.encode_special_tokens = True
     ours = load_tokenizer(str(folders[family]))
@@ -113,7 +116,8 @@ def test_a_megabyte_has_the_ids_of_hugging_face(folders, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_documents_begin_and_end_as_their_family_does(folders, family):
-    """Llama-3 begins with a token, the others with none; eos_token of tokenizer_config.json ends all."""
+    """Llama-3 begins with a token, the others with none; eos_token of tokenizer_config.json ends
+    all."""
     theirs = tokenizers.Tokenizer.from_file(str(folders[family] / "tokenizer.json"))
     ours = load_tokenizer(str(folders[family]))
     ids = ours.document("def f(x):\n    return x").input_ids.tolist()
@@ -238,7 +242,8 @@ def llama_file(path: Path, tokens: list[bytes]) -> Path:
 
 
 def test_llama3_model_file(folders, tmp_path):
-    """Base64 and rank, a line each; 256 special tokens follow, with the names and places of Llama-3."""
+    """Base64 and rank, a line each; 256 special tokens follow, with the names and places of
+    Llama-3."""
     ranks = load_tokenizer(str(folders["llama3"])).encoding._mergeable_ranks
     path = llama_file(tmp_path / "tokenizer.model", sorted(ranks, key=ranks.__getitem__))
     tokenizer, n = load_tokenizer(str(tmp_path)), len(ranks)
@@ -262,7 +267,8 @@ def test_another_model_file_is_refused(tmp_path, content):
 
 
 def test_ids_are_those_of_llamas_own_tokenizer():
-    """With `pip install llama-models`: the released table, Meta's code, text of many languages and code."""
+    """With `pip install llama-models`: the released table, Meta's code, text of many languages and
+    code."""
     reference = pytest.importorskip("llama_models.llama3.tokenizer")
     model = Path(reference.__file__).with_name("tokenizer.model")
     if not model.exists():
@@ -277,7 +283,8 @@ def test_ids_are_those_of_llamas_own_tokenizer():
 
 
 def test_named_encodings_are_those_that_tiktoken_has(monkeypatch):
-    """`tiktoken:NAME` where tiktoken has it; where it has not, one error that says where to put it."""
+    """`tiktoken:NAME` where tiktoken has it; where it has not, one error that says where to put
+    it."""
     small = tiktoken.Encoding("small", pat_str=files.GPT2_SPLIT, special_tokens={"<|endoftext|>": 256},
                               mergeable_ranks={bytes([i]): i for i in range(256)})
     monkeypatch.setattr(tiktoken, "get_encoding", {"small": small}.__getitem__)
@@ -303,7 +310,8 @@ def test_reading_a_tokenizer_fetches_nothing(folders):
 
 @pytest.mark.parametrize("family", [*FAMILIES, "bytes"])
 def test_a_written_tokenizer_gives_hugging_face_our_ids(folders, tmp_path, family):
-    """From ranks alone, as for Llama-3's tokenizer.model: ids there, text back, and our own fingerprint."""
+    """From ranks alone, as for Llama-3's tokenizer.model: ids there, text back, and our own
+    fingerprint."""
     ours = copy.copy(load_tokenizer("bytes" if family == "bytes" else str(folders[family])))
     ours.files = ()
     for name, content in data.tokenizer_files(ours).items():
@@ -317,7 +325,8 @@ def test_a_written_tokenizer_gives_hugging_face_our_ids(folders, tmp_path, famil
 
 
 def test_a_model_is_not_used_with_another_tokenizer(folders, tmp_path):
-    """Neither to train it nor to ask it; the message says what to write. The same table is fine anywhere."""
+    """Neither to train it nor to ask it; the message says what to write. The same table is fine
+    anywhere."""
     with pytest.raises(ValueError, match=f"is not tokenizer 'bytes'; write --tokenizer {folders['qwen']}"):
         data.tokenizer_for(folders["qwen"], "bytes")
     ours = data.tokenizer_for(folders["qwen"], str(folders["qwen"]))

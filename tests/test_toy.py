@@ -23,7 +23,8 @@ def texts(documents: list[Document]) -> list[str]:
 @property_test
 @given(st.integers(1, 4), st.integers(0, 8), st.integers(0, 40), st.integers(0, 2**32))
 def test_scattered_pairs_lie_in_an_unchanged_haystack(batch, n_pairs, room, seed):
-    """Every start points at a mark and its pair, in order; without the pairs the haystack is as it was."""
+    """Every start points at a mark and its pair, in order; without the pairs the haystack is as it
+    was."""
     rng = np.random.default_rng(seed)
     pairs = toy.recall_pairs(rng, batch, n_pairs)
     haystack = rng.integers(200, 256, size=(batch, room)).astype(np.uint32)
@@ -50,7 +51,8 @@ def recall_documents(length: int, bare: bool) -> list[Document]:
 @pytest.mark.parametrize(("bare", "length", "n_pairs"), [
     (False, 64, 4), (False, 256, 16), (False, 1000, 16), (True, 32, 2), (True, 256, 16), (True, 2048, 16)])
 def test_every_recall_question_has_its_answer(bare, length, n_pairs):
-    """Read as text: each key stands once and is asked for once, and only the true answers are trained."""
+    """Read as text: each key stands once and is asked for once, and only the true answers are
+    trained."""
     documents = recall_documents(length, bare)
     assert len(documents) == 8
     for document, text in zip(documents, texts(documents), strict=True):
@@ -68,7 +70,8 @@ def test_every_recall_question_has_its_answer(bare, length, n_pairs):
 
 @pytest.mark.parametrize("length", [64, 128, 301])
 def test_icl_labels_can_only_be_learnt_from_the_examples(length):
-    """Rounds have every topic once, a topic one label a document, documents other labels than each other."""
+    """Rounds have every topic once, a topic one label a document, documents other labels than each
+    other."""
     rows, mask = toy.icl_rows(np.random.default_rng(0), 16, length, TOKENIZER.bos_id, TOKENIZER.eos_id)
     documents = [Document(row, mask) for row in rows]
     dealt = set()
@@ -92,7 +95,8 @@ def test_icl_labels_can_only_be_learnt_from_the_examples(length):
 
 @pytest.mark.parametrize("n_pairs", [2, 16, 32])
 def test_keys_and_values_differ_at_every_place(n_pairs):
-    """Within a row no two pairs share a symbol at the same place; over rows every symbol comes everywhere."""
+    """Within a row no two pairs share a symbol at the same place; over rows every symbol comes
+    everywhere."""
     pairs = toy.recall_pairs(np.random.default_rng(0), 400, n_pairs)
     assert pairs.shape == (400, n_pairs, 1 + toy.VALUE_LEN)
     assert all(len(set(place)) == n_pairs for row in pairs for place in row.T.tolist())
