@@ -31,7 +31,8 @@ def test_parse_length_is_binary(text, tokens):
     assert parse_length(text) == tokens
 
 
-@pytest.mark.parametrize("text", ["12q", "", "-1", "0", "0k", "1.5k", "k", "2kk", "2km", "k2", "2 k", " 2k",
+@pytest.mark.parametrize("text", ["12q", "", "-1", "0", "0k", "1.5k", "k", "2kk", "2km", "k2",
+                                  "2 k", " 2k",
                                   "1e3", "0x10", "1_000", "+1", 0, -1, 2.5, None, True])
 def test_parse_length_refuses_what_is_no_length(text):
     """Anything but a positive whole number with one unit is refused, and shown in the message."""
@@ -48,7 +49,8 @@ def test_format_length_is_parse_lengths_inverse(tokens):
     assert len(text) <= max(2, len(str(tokens)))
 
 
-@pytest.mark.parametrize(("tokens", "text"), [(1, "1"), (1000, "1000"), (1024, "1k"), (1536, "1536"),
+@pytest.mark.parametrize(("tokens", "text"), [(1, "1"), (1000, "1000"), (1024, "1k"), (1536,
+                                              "1536"),
                                               (2**20, "1m"), (3 * 2**30, "3b"), (524_288, "512k")])
 def test_format_length_examples(tokens, text):
     """The largest unit that divides is the one written."""
@@ -95,7 +97,8 @@ def test_parse_cli_fills_the_config(argv, config):
 
 
 @pytest.mark.parametrize(("argv", "named"), [
-    (["--unknown", "1"], "--unknown"), (["--seq", "2k"], "--seq"), (["--no-seq-len"], "--no-seq-len"),
+    (["--unknown", "1"], "--unknown"), (["--seq", "2k"], "--seq"), (["--no-seq-len"],
+    "--no-seq-len"),
     (["--seq-len", "12q"], "'12q' is not a positive whole number"), (["--seq-len"], "--seq-len"),
     (["--lr", "fast"], "fast"), (["--reorder=yes"], "yes"), (["stray"], "stray"),
 ])

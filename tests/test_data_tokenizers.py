@@ -23,15 +23,18 @@ import pytest
 import tiktoken
 
 import data
-from data import Tokenizer, load_tokenizer
+from data import load_tokenizer
 from support import tokenizer_files as files
 
 tokenizers = pytest.importorskip("tokenizers")
 
 QWEN_SPLIT = files.LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
-SPECIAL = {"gpt2": ["<|endoftext|>"], "llama3": ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"],
-           "qwen": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-           "smollm": ["<|im_start|>", "<|endoftext|>"]}
+SPECIAL = {
+    "gpt2": ["<|endoftext|>"],
+    "llama3": ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"],
+    "qwen": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+    "smollm": ["<|im_start|>", "<|endoftext|>"],
+}
 FAMILIES = list(SPECIAL)
 
 
@@ -67,9 +70,15 @@ def train(family: str, folder: Path) -> Path:
     split = files.LLAMA3_SPLIT if family == "llama3" else QWEN_SPLIT
     bpe.pre_tokenizer = {
         "gpt2": pre.ByteLevel(add_prefix_space=False),
-        "smollm": pre.Sequence([pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)]),
-    }.get(family) or pre.Sequence([pre.Split(Regex(split), "isolated"),
-                                   pre.ByteLevel(add_prefix_space=False, use_regex=False)])
+        "smollm": pre.Sequence(
+            [pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)]
+        ),
+    }.get(family) or pre.Sequence(
+        [
+            pre.Split(Regex(split), "isolated"),
+            pre.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     bpe.decoder = decoders.ByteLevel()
     if family == "qwen":
         bpe.normalizer = normalizers.NFC()
@@ -121,7 +130,10 @@ def test_documents_begin_and_end_as_their_family_does(folders, family):
     theirs = tokenizers.Tokenizer.from_file(str(folders[family] / "tokenizer.json"))
     ours = load_tokenizer(str(folders[family]))
     ids = ours.document("def f(x):\n    return x").input_ids.tolist()
-    assert ids == [*theirs.encode("def f(x):\n    return x").ids, theirs.token_to_id(SPECIAL[family][-1])]
+    assert ids == [
+        *theirs.encode("def f(x):\n    return x").ids,
+        theirs.token_to_id(SPECIAL[family][-1]),
+    ]
     assert ours.special_id(SPECIAL[family][0]) == theirs.token_to_id(SPECIAL[family][0])
     assert ours.vocab_size == theirs.get_vocab_size()
     assert [path.name for path in ours.files] == ["tokenizer.json", "tokenizer_config.json"]
@@ -134,7 +146,9 @@ def test_documents_begin_and_end_as_their_family_does(folders, family):
 
 
 def test_families_have_fingerprints_of_their_own(folders):
-    assert len({load_tokenizer(str(folder)).fingerprint for folder in folders.values()}) == len(folders)
+    assert len({load_tokenizer(str(folder)).fingerprint for folder in folders.values()}) == len(
+        folders
+    )
 
 
 def _set(*path_and_value):
@@ -158,15 +172,18 @@ def _set(*path_and_value):
     (_set("pre_tokenizer", None), "pre_tokenizer"),
     (_set("pre_tokenizer", "add_prefix_space", True), "pre_tokenizer"),
     (_set("pre_tokenizer", lambda step: {"type": "Sequence", "pretokenizers": [
-        {"type": "Split", "pattern": {"Regex": r"\p{L}+|\s+"}, "behavior": "Isolated", "invert": False},
+        {"type": "Split", "pattern": {"Regex": r"\p{L}+|\s+"}, "behavior": "Isolated",
+        "invert": False},
         step | {"use_regex": False}]}), "drops text"),
     (_set("pre_tokenizer", lambda step: {"type": "Sequence", "pretokenizers": [
         {"type": "Split", "pattern": {"Regex": r"\p{L}+(?=\s)|\s+|\S"}, "behavior": "Isolated",
          "invert": False}, step | {"use_regex": False}]}), "words that go on after white space"),
     (_set("model", "merges", lambda merges: merges[:-1]), "model.merges"),
     (_set("model", "merges", lambda merges: [merges[-1], *merges[:-1]]), "model.merges"),
-    (_set("model", "merges", lambda merges: [*merges[:9], ["Q", "Q"], *merges[9:]]), "model.merges"),
-    (_set("model", "vocab", lambda vocab: {t: i for t, i in vocab.items() if t != "a"}), "is no token"),
+    (_set("model", "merges", lambda merges: [*merges[:9], ["Q", "Q"], *merges[9:]]),
+    "model.merges"),
+    (_set("model", "vocab", lambda vocab: {t: i for t, i in vocab.items() if t != "a"}),
+    "is no token"),
     (_set("model", "vocab", lambda vocab: vocab | {"ab c": 5000}), "model.vocab"),
     (_set("added_tokens", lambda added: [*added, {"content": "the", "id": 5000, "special": False}]),
      "added_tokens"),
@@ -232,7 +249,8 @@ def test_cuts_do_not_change_ids(folders, family, monkeypatch):
     monkeypatch.setattr(files, "MAX_PIECE", 4096)
     pieces = list(files.cut_text(text))
     assert "".join(pieces) == text and len(pieces) > 20
-    assert max(map(len, pieces)) < 4096  # so each was cut at a place, none because its room was used up
+    # so each was cut at a place, none because its room was used up
+    assert max(map(len, pieces)) < 4096
     assert np.array_equal(tokenizer.encode(text), whole)
 
 
@@ -274,7 +292,8 @@ def test_ids_are_those_of_llamas_own_tokenizer():
     if not model.exists():
         model = next(Path(reference.__file__).parents[2].rglob("llama3/tokenizer.model"))
     theirs, ours = reference.Tokenizer(model), load_tokenizer(str(model))
-    text = MEGABYTE[400_000:] + "Grüße, мир, 世界, مرحبا, שלום, ไทย, 👩‍👩‍👧 <|eot_id|>"
+    text = MEGABYTE[400_000:]
+    text += "Grüße, мир, 世界, مرحبا, שלום, ไทย, 👩‍👩‍👧 <|eot_id|>"
     ids = [i for part in files.cut_text(text) for i in theirs.encode(part, bos=False, eos=False)]
     assert ours.encode(text).tolist() == ids
     assert ours.document("x").input_ids.tolist() == theirs.encode("x", bos=True, eos=True)
@@ -285,8 +304,12 @@ def test_ids_are_those_of_llamas_own_tokenizer():
 def test_named_encodings_are_those_that_tiktoken_has(monkeypatch):
     """`tiktoken:NAME` where tiktoken has it; where it has not, one error that says where to put
     it."""
-    small = tiktoken.Encoding("small", pat_str=files.GPT2_SPLIT, special_tokens={"<|endoftext|>": 256},
-                              mergeable_ranks={bytes([i]): i for i in range(256)})
+    small = tiktoken.Encoding(
+        "small",
+        pat_str=files.GPT2_SPLIT,
+        special_tokens={"<|endoftext|>": 256},
+        mergeable_ranks={bytes([i]): i for i in range(256)},
+    )
     monkeypatch.setattr(tiktoken, "get_encoding", {"small": small}.__getitem__)
     tokenizer = load_tokenizer("tiktoken:small")
     assert tokenizer.document("ab").input_ids.tolist() == [97, 98, 256] and tokenizer.files == ()
@@ -327,11 +350,15 @@ def test_a_written_tokenizer_gives_hugging_face_our_ids(folders, tmp_path, famil
 def test_a_model_is_not_used_with_another_tokenizer(folders, tmp_path):
     """Neither to train it nor to ask it; the message says what to write. The same table is fine
     anywhere."""
-    with pytest.raises(ValueError, match=f"is not tokenizer 'bytes'; write --tokenizer {folders['qwen']}"):
+    with pytest.raises(
+        ValueError, match=f"is not tokenizer 'bytes'; write --tokenizer {folders['qwen']}"
+    ):
         data.tokenizer_for(folders["qwen"], "bytes")
     ours = data.tokenizer_for(folders["qwen"], str(folders["qwen"]))
     (tmp_path / "tokenizer.json").write_bytes((folders["qwen"] / "tokenizer.json").read_bytes())
-    (tmp_path / "tokenizer_config.json").write_bytes((folders["qwen"] / "tokenizer_config.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_bytes(
+        (folders["qwen"] / "tokenizer_config.json").read_bytes()
+    )
     assert data.tokenizer_for(tmp_path, str(folders["qwen"])) is ours
     assert data.tokenizer_for(tmp_path / "none", "bytes") is load_tokenizer("bytes")
 
