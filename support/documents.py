@@ -87,8 +87,7 @@ def _windows(texts: Iterable[Text]) -> Iterator[list[Text]]:
 
 
 def tokenize(config: TokenizeConfig, tokenizer: Any) -> None:
-    """Tokenize a source into a folder of documents, shard by shard. Run again after a crash, it
-    goes on.
+    """Tokenize a source into a folder, shard by shard. Run again after a crash, it goes on.
 
     The order of rows alone cuts shards: the bytes are the same for any number of workers and
     crashes.
@@ -96,7 +95,7 @@ def tokenize(config: TokenizeConfig, tokenizer: Any) -> None:
     out = Path(config.out)
     rows = read_rows(config.input, config.format, config.subset, config.split,
                      config.max_document_bytes, config.seed)
-    texts = read_texts(rows, config.text_column)
+    texts = read_texts(rows, config.text_column, config.max_document_bytes)
     job = asdict(config) | {"workers": 0, "out": "", "tokenizer": tokenizer.fingerprint}
     shards = _shards_there(config, job)
     done = sum(shard["rows"] for shard in shards)

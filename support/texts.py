@@ -9,9 +9,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
-import lzma
 import os
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,13 +27,11 @@ COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "zstandard",
 
 def read_rows(source: str, format: str = "auto", subset: str | None = None, split: str = "train",
               limit_bytes: int = 2**26, seed: int = 0) -> Iterator[Row]:
-    """All rows of a source, in one order everywhere. Raises ValueError for what can't be read at
-    all.
+    """All rows of a source, in one order everywhere. Raises ValueError if it can't be read at all.
 
     `format` is auto (by the suffix), jsonl, parquet, arrow, text (a file is a row), repos (a folder
-    of repositories) or hub (`source` names a data set, `subset` and `split` its part). Rows longer
-    than `limit_bytes` are bad, longer repositories are cut. `seed` orders the files of a
-    repository.
+    of repositories) or hub (`source` names a data set, `subset` and `split` its part). Longer rows
+    than `limit_bytes` are bad, longer repositories are cut. `seed` orders a repository's files.
     """
     if format == "hub":
         yield from _hub_rows(source, subset, split)
@@ -56,7 +52,7 @@ def read_rows(source: str, format: str = "auto", subset: str | None = None, spli
     for path in [root] if format == "repos" else files:
         try:
             yield from readers[format](path)
-        except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+        except Exception as error:  # each format has errors of its own
             # A damaged file stops everything: nobody knows how many rows are missing.
             raise ValueError(f"{path} can't be read to its end: {error}") from None
 
@@ -186,7 +182,7 @@ def _repository_rows(root: Path, limit_bytes: int, seed: int) -> Iterator[Row]:
 Text = tuple[str, "str | ValueError"]  # where it stands, and a document's text or what is wrong
 
 
-def read_texts(rows: Iterable[Row], column: str) -> Iterator[Text]:
+def read_texts(rows: Iterable[Row], column: str, limit_bytes: int = 2**26) -> Iterator[Text]:
     """The text in a column of each row, or what is wrong with it."""
     for where, row in rows:
         if isinstance(row, ValueError):
@@ -197,5 +193,7 @@ def read_texts(rows: Iterable[Row], column: str) -> Iterator[Text]:
         elif not isinstance(row[column], str):
             kind = "nothing" if row[column] is None else type(row[column]).__name__
             yield where, ValueError(f"holds {kind}, not text")
+        elif len(row[column]) > limit_bytes:
+            yield where, _too_long(limit_bytes)
         else:
             yield where, row[column] if row[column].strip() else ValueError("is empty")
