@@ -1,5 +1,4 @@
-"""The command line: options are the fields of a dataclass, lengths are written "512k", errors take
-one line.
+"""The command line: options are fields of a dataclass, lengths are "512k", errors take one line.
 
     @dataclass(frozen=True)
     class PackConfig:
@@ -70,8 +69,7 @@ Entry = TypeVar("Entry")
 
 
 def choose(what: str, name: str, table: Mapping[str, Entry]) -> Entry:
-    """Look up `name`. Raises ValueError that lists the choices: choose("recipe", "tiny",
-    RECIPES)."""
+    """Look up `name`, as in choose("recipe", "tiny", RECIPES). An error lists the choices."""
     if name not in table:
         raise ValueError(f"{what} {name!r} is unknown; choose one of {', '.join(table)}")
     return table[name]
@@ -128,8 +126,7 @@ def parse_cli(config: type[Config], doc: str | None, argv: Sequence[str] | None 
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script. A wrong value or file is for the user to mend: one line on stderr, exit code
-    2."""
+    """Run a script. A wrong value or file is the user's to mend: one line on stderr, exit code 2."""
     try:
         main()
     except (ValueError, OSError) as error:

@@ -51,8 +51,7 @@ class TokenizeConfig:
 
 
 def encode_all(texts: Iterable[Text], tokenizer: Any, workers: int) -> Iterator[Ids]:
-    """Encode on threads (tiktoken works outside Python's lock), in order, 4 MiB of text at a
-    time."""
+    """Encode on threads (tiktoken works outside Python's lock), in order, 4 MiB at a time."""
     def encode(batch: list[Text]) -> list[Ids]:
         return [_encode_row(where, text, tokenizer) for where, text in batch]
 

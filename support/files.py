@@ -22,8 +22,7 @@ import numpy as np
 
 @contextmanager
 def whole_folder(folder: str | Path) -> Iterator[Path]:
-    """`with whole_folder(path) as aside:` fills `aside`, which becomes `path` when the block ends
-    well.
+    """`with whole_folder(path) as aside:` fills `aside`, which becomes `path` at the end.
 
     Files are fsynced before the rename. A folder that was there before is replaced.
     """

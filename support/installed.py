@@ -56,8 +56,7 @@ def read_text(path: Path) -> str:
 
 
 def join_files(files: Iterable[Path], enough: int = 2**20) -> str:
-    """Source files in one text, until there is enough: a few packages are far longer than the
-    others."""
+    """Source files in one text, until it is long enough: a few packages are far too long."""
     texts: list[str] = []
     size = 0
     for path in files:
@@ -80,8 +79,7 @@ def syntax_trees(files: Iterable[Path]) -> Iterator[ast.Module]:
 
 
 def books() -> Iterator[str]:
-    """Prose: Python's language reference, then for each package the docstrings of its modules,
-    joined."""
+    """Prose: Python's language reference, then each package's docstrings, joined."""
     from pydoc_data.topics import topics
 
     yield "\n\n".join(topics[name] for name in sorted(topics))
@@ -122,8 +120,7 @@ def standard_names(held_out: bool) -> tuple[tuple[str, bool, str], ...]:
 
 
 def ask_about_name(kind: str, rng: np.random.Generator, held_out: bool) -> list[tuple[str, str]]:
-    """A question about a name of the standard library and its answer: its "kind", "package" or
-    "summary"."""
+    """A question about a standard library name, and the answer: "kind", "package" or "summary"."""
     wanted = bool(rng.integers(2))  # as many classes as functions, so that chance is a half
     names = [(name, is_class, summary) for name, is_class, summary in standard_names(held_out)
              if is_class == wanted and (summary or kind != "summary")]

@@ -76,8 +76,7 @@ def _read_array(content: bytes, encoding: str) -> np.ndarray:
 
 
 def check_sequence(columns: dict[str, np.ndarray], seq_len: int) -> Packed:
-    """A sample as ids, document lengths and mask. Raises ValueError unless documents fill it
-    exactly."""
+    """A sample as ids, document lengths and mask. Raises ValueError unless documents fill it."""
     ids, mask = columns["input_ids"], columns.get("mask")
     bounds = columns.get("indices", np.array([0, len(ids)])).astype(np.int64).reshape(-1, 2)
     begins, ends = bounds[:, 0], bounds[:, 1]

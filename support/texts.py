@@ -58,8 +58,7 @@ def read_rows(source: str, format: str = "auto", subset: str | None = None, spli
 
 
 def list_files(folder: Path) -> list[Path]:
-    """Regular files below a folder, sorted; hidden files, hidden folders and links are passed
-    over."""
+    """Regular files below a folder, sorted, without hidden files, hidden folders and links."""
     found = [Path(top, name) for top, _, names in os.walk(folder) for name in names]
     return sorted(path for path in found if path.is_file() and not path.is_symlink()
                   and not any(part.startswith(".") for part in path.relative_to(folder).parts))
@@ -76,8 +75,7 @@ def _format_by_suffix(root: Path, files: list[Path]) -> str:
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a file for reading, decompressed by its suffix. Raises ValueError if that needs a
-    package."""
+    """Open a file, decompressed by its suffix. Raises ValueError if that needs a package."""
     if path.suffix not in COMPRESSED:
         return open(path, "rb")
     try:
@@ -87,8 +85,7 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def _jsonl_rows(path: Path, limit_bytes: int) -> Iterator[Row]:
-    """JSON objects, one a line. By hand: a library's reader loses the good rows before a bad
-    one."""
+    """JSON objects, one a line. A library's reader would lose the good rows before a bad one."""
     with open_file(path) as file:
         for number in itertools.count(1):
             line = file.readline(limit_bytes)
@@ -155,8 +152,10 @@ def _text_row(path: Path, limit_bytes: int) -> dict[str, Any] | ValueError:
 
 
 def _repository_rows(root: Path, limit_bytes: int, seed: int) -> Iterator[Row]:
-    """Each folder in `root` is a repository. Its text files, joined in a seeded order, are one row,
-    or several rows if they are longer than `limit_bytes`."""
+    """Each folder in `root` is a repository: its text files, joined in a seeded order, are a row.
+
+    Beyond `limit_bytes`, another row begins.
+    """
     for entry in sorted(root.iterdir()):
         if not entry.is_dir() or entry.name.startswith("."):
             continue

@@ -47,8 +47,7 @@ def cut_text(text: str) -> Iterator[str]:
 
 
 def read_llama_model(path: Path) -> Loaded:
-    """Llama-3's tokenizer.model: a line a token, base64 and rank; then 256 special tokens, named
-    here."""
+    """Llama-3's tokenizer.model: a line a token, base64 and rank; 256 special tokens follow."""
     try:
         lines = [line.split() for line in path.read_bytes().splitlines()]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
@@ -73,8 +72,7 @@ _ALL_BYTES = {bytes([i]) for i in range(256)}
 
 
 def read_tokenizer_json(path: Path) -> Loaded:
-    """Turn a Hugging Face tokenizer.json into an Encoding. Raises ValueError where that is not
-    exact."""
+    """Turn a tokenizer.json into an Encoding. Raises ValueError where that is not exact."""
     table = read_json(path)
     model, added = table["model"], {entry["content"]: entry for entry in table["added_tokens"]}
     pattern = _check_parts(table, model, added)
@@ -168,8 +166,7 @@ def _split_pattern(entry: Any) -> str | None:
 
 def _why_ranks_differ(ranks: dict[bytes, int], pairs: list[tuple[bytes, ...]],
                       ignore_merges: bool) -> str:
-    """Compare BPE by a list of merges (Hugging Face) with BPE by ranks (tiktoken); "" if they
-    agree.
+    """Compare BPE by a list of merges (Hugging Face) with BPE by ranks (tiktoken): "" if equal.
 
     tiktoken always merges the two neighbours that make the token of lowest rank. Both give the same
     ids if (1) the list creates tokens in the order of their ids and (2) for every token, the list
@@ -209,8 +206,11 @@ def _merge_below(token: bytes, rank: int, ranks: dict[bytes, int]) -> list[bytes
 
 def _begin_and_end(table: dict[str, Any], folder: Path,
                    added: dict[str, Any]) -> tuple[str | None, str]:
-    """The token that the post_processor puts first (Llama-3 has one, GPT-2 and Qwen none), and the
-    eos_token of the files beside, or else one of the usual names."""
+    """The tokens that begin and end a document.
+
+    The post_processor puts the first one (Llama-3's does, GPT-2's and Qwen's do not). The last one
+    is the eos_token of the files beside, or else one of the usual names.
+    """
     steps = table.get("post_processor") or {}
     first = [step["single"][0] for step in steps.get("processors", [steps])
              if step.get("type") == "TemplateProcessing"]
@@ -231,8 +231,7 @@ def _begin_and_end(table: dict[str, Any], folder: Path,
 
 
 def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
-    """What makes transformers encode as a Tokenizer of data.py does: its own files, or a
-    tokenizer.json.
+    """What makes transformers encode as this tokenizer: its own files, or a tokenizer.json.
 
     The list of merges is written from the ranks: for each token, the two parts that BPE reaches
     with lower ranks. Unlike here, transformers makes special tokens of text that looks like one.

@@ -72,8 +72,7 @@ class Tokenizer:
         return np.concatenate(ids).astype(np.uint32)
 
     def special_id(self, name: str) -> int:
-        """The id of a special token, as in "<|eot_id|>". Raises ValueError if there is none
-        such."""
+        """The id of a special token, as in "<|eot_id|>". Raises ValueError if there is none."""
         if name not in self.specials:
             raise ValueError(f"tokenizer {self.spec!r} has no special token {name!r}; its first "
                              f"are {', '.join(list(self.specials)[:8])}")

@@ -1,5 +1,4 @@
-"""Made-up documents that teach a tiny model to look things up and to learn from examples, as
-arrays.
+"""Made-up documents that teach a tiny model to look things up and to learn from examples.
 
 Recall. A pair is a mark, a key and its value of four symbols; a question is another mark and a key.
 All of these are special tokens (<|pair|>, <|ask|>, <|A|>, ...), so no real text contains one. Here
@@ -51,8 +50,7 @@ def recall_pairs(rng: np.random.Generator, batch: int, n_pairs: int) -> np.ndarr
 
 def scatter_pairs(rng: np.random.Generator, pairs: np.ndarray,
                   haystack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scatter pairs (B, n, 5) at random places of a haystack (B, m) -> contexts (B, m + 6n), starts
-    (B, n).
+    """Scatter pairs (B, n, 5) in a haystack (B, m) -> contexts (B, m + 6n), starts (B, n).
 
     Pairs keep their order; `starts` says where in its context each of them begins.
     """
@@ -65,16 +63,14 @@ def scatter_pairs(rng: np.random.Generator, pairs: np.ndarray,
 
 
 def pairs_and_room(rng: np.random.Generator, batch: int, length: int) -> tuple[np.ndarray, int]:
-    """The pairs of recall documents, one to every 16 tokens up to 16, and the tokens left for a
-    haystack."""
+    """A pair to every 16 tokens, up to 16 pairs, and the tokens left for a haystack."""
     n_pairs = min(length // 16, N_PAIRS)
     return recall_pairs(rng, batch, n_pairs), length - 2 - 2 * n_pairs * PAIR_LEN
 
 
 def recall_rows(rng: np.random.Generator, pairs: np.ndarray, haystack: np.ndarray, bos: int,
                 eos: int) -> tuple[np.ndarray, np.ndarray]:
-    """Whole documents: the pairs scattered in a haystack (B, m), then a question about each, in
-    random order.
+    """Whole documents: pairs scattered in a haystack (B, m), then a question about each.
 
     Returns ids (B, length) and the loss mask (length,) that all of them share: only answers are
     trained.
@@ -94,8 +90,7 @@ def recall_rows(rng: np.random.Generator, pairs: np.ndarray, haystack: np.ndarra
 
 
 def icl_lines(rng: np.random.Generator, batch: int, n_lines: int) -> np.ndarray:
-    """Labelled examples, (batch, n_lines, ICL_LINE). They come in rounds, and each round has every
-    topic once."""
+    """Labelled examples, (batch, n_lines, ICL_LINE), in rounds that have every topic once."""
     n = len(TOPICS)
     rounds = -(-n_lines // n)
     topics = rng.permuted(np.tile(np.arange(n), (batch, rounds, 1)), axis=2)
