@@ -126,7 +126,7 @@ def parse_cli(config: type[Config], doc: str | None, argv: Sequence[str] | None 
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script. A wrong value or file is the user's to mend: one line on stderr, exit code 2."""
+    """Run a script. A wrong value or file is the user's to mend: one line on stderr, code 2."""
     try:
         main()
     except (ValueError, OSError) as error:
