@@ -4,7 +4,8 @@
     python experiments/gpu.py --device cpu         the same calls on a toy, to see that they run
 
 1. Steps of train.py's own `train_step` on one GPU: llama3.2-3b at 64K (aim: 45% MFU), llama3.2-1b at 512K in
-   one document (aim: it fits), each with the levers that `--activations auto` would take.
+   one document (aim: it fits), each with the memory options that
+   `--activations auto` would take.
 2. `varlen` against full causal attention, and against `sdpa`, on 64K tokens of short documents.
 3. No wait for the device inside a step (torch.cuda's sync debug mode names every one), and no compilation
    after the first steps, though document lengths change.
@@ -56,9 +57,9 @@ def one_training(name: str, packs: list[PackedSequence], parallel: Parallel, ste
     dtype = torch.bfloat16 if gpu else torch.float32
     shape = preset_config(name, 295)
     model = Transformer(shape).to(device).init_weights(0)
-    levers, _ = memory_options_for(TrainConfig(), shape, len(packs[0].input_ids), 1, dtype.itemsize,
-                              memory_there(device), device.type)
-    model.set_memory_options(levers, device)
+    options, _ = memory_options_for(TrainConfig(), shape, len(packs[0].input_ids), 1, dtype.itemsize,
+                                    memory_there(device), device.type)
+    model.set_memory_options(options)
     model.compile_blocks()
     model = shard_model(model, parallel, dtype)
     optimizer = make_optimizer(model, 0.1)
@@ -71,7 +72,7 @@ def one_training(name: str, packs: list[PackedSequence], parallel: Parallel, ste
         compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     median = statistics.median(seconds[2:])
     flops = np.mean([flops_per_step(shape, pack.doc_lens) for pack in packs])
-    return {"model": name, "tokens": len(packs[0].input_ids), "levers": str(levers), "seconds": median,
+    return {"model": name, "tokens": len(packs[0].input_ids), "options": str(options), "seconds": median,
             "tok_per_s": len(packs[0].input_ids) / median,
             "mfu": flops / median / device_peak_flops(device, dtype),
             "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if gpu else None,

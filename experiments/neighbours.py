@@ -1,17 +1,17 @@
-"""What neighbouring papers do to documents, positions and the loss, in a few lines around the five files.
+"""What neighbouring papers do to documents, positions and the loss, around the five files.
 
     python experiments/neighbours.py pack knots --seq 8k --sequences 60 --out packs/knots-8k
     python experiments/neighbours.py pack decomposed --seq 8k --sequences 60 --out packs/decomposed
     python experiments/neighbours.py train --skip-to 8k --stage long --init runs/tiny --no-eval
     python experiments/neighbours.py sft --average documents --init runs/tiny
 
-`pack` writes a folder that `train.py --data` reads, `train` and `sft` run train.py and sft.py with one thing
-replaced in this process.
+`pack` writes a folder that `train.py --data` reads, `train` and `sft` run train.py and sft.py with
+one thing replaced in this process.
 
-    knot             Untie the Knots, 2409.04774        short documents, chunked and tied into a long one
-    decompose        Dataset Decomposition, 2405.13226  pieces of 2^k tokens, batches of one size
-    skip_positions   PoSE, 2309.10400                   a short document with the positions of a long one
-    average_by       LongAlign, 2401.18058              every conversation of a pack weighs the same
+    knot            Untie the Knots, 2409.04774        short documents, chunked and tied into one
+    decompose       Dataset Decomposition, 2405.13226  pieces of 2^k tokens, batches of one size
+    skip_positions  PoSE, 2309.10400                   a short document at positions of a long one
+    average_by      LongAlign, 2401.18058              every conversation of a pack weighs the same
 
 The findings `neighbours` and `sft-loss` of experiments/run.py compare them with ProLong's own ways.
 """
@@ -19,12 +19,11 @@ The findings `neighbours` and `sft-loss` of experiments/run.py compare them with
 from __future__ import annotations
 
 import argparse
-import re
 import string
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,27 +46,29 @@ from data import Document, PackedSequence, PackReport, Tokenizer, parse_length
 #
 #     <x>bbb cc <p>aa <y>b[xy] <q>aaaa[pq]      one long document
 #
-# Chunks of one document keep their order, but others come between them: to foresee a chunk one must find the
-# one that it continues. A chunk of a cut document begins with a name (not trained: nobody can foresee it),
-# and after its last chunk the names of all stand in order (trained if anything of the document is: the
-# paper's backtracing). The paper also numbers both ends of every cut.
+# Chunks of one document keep their order, but others come between them: to foresee a chunk one must
+# find the one that it continues. A chunk of a cut document begins with a name (not trained: nobody
+# can foresee it), and after its last chunk the names of all stand in order (trained if anything of
+# the document is: the paper's backtracing). The paper also numbers both ends of every cut.
 
-HEAD, NAMES = "<|start_header_id|>", "<|end_header_id|>"  # what the tokenizer has and documents don't
+HEAD, NAMES = "<|start_header_id|>", "<|end_header_id|>"  # special tokens that no document has
 
 
 def knot(documents: Sequence[Document], tokenizer: Tokenizer, rng: np.random.Generator,
          hops: int = 4) -> Document:
-    """Cut each document into 1 to `hops` chunks and tie the chunks of all into one document (2409.04774)."""
+    """Cut each document into 1 to `hops` chunks; tie the chunks of all into one (2409.04774)."""
     head, end = [tokenizer.special_id(HEAD)], [tokenizer.special_id(NAMES)]
     tied: list[list[Document]] = []
     for document in documents:
         chunks = cut_at_random(document, int(rng.integers(1, hops + 1)), rng)
         if len(chunks) > 1:
-            names = [tokenizer.encode("".join(rng.choice(list(string.ascii_lowercase), 2))) for _ in chunks]
+            letters = list(string.ascii_lowercase)
+            names = [tokenizer.encode("".join(rng.choice(letters, 2))) for _ in chunks]
             chunks = [join(_ids([*head, *name], trained=False), chunk)
                       for name, chunk in zip(names, chunks, strict=True)]
             trained = document.loss_mask is None or bool(document.loss_mask.any())
-            chunks[-1] = join(chunks[-1], _ids(end, trained=False), _ids(np.concatenate(names), trained))
+            chunks[-1] = join(chunks[-1], _ids(end, trained=False),
+                              _ids(np.concatenate(names), trained))
         tied.append(chunks)
     # Whose turn it is, in random order; a document gives its chunks in their own order.
     turns = rng.permutation(np.repeat(np.arange(len(tied)), [len(chunks) for chunks in tied]))
@@ -79,13 +80,17 @@ def cut_at_random(document: Document, n: int, rng: np.random.Generator) -> list[
     """Cut a document at n - 1 random places, or fewer where it has too few tokens."""
     inner = np.arange(1, len(document))
     places = np.sort(rng.choice(inner, min(n - 1, len(inner)), replace=False)).tolist()
-    return [document[begin:end] for begin, end in zip([0, *places], [*places, len(document)], strict=True)]
+    bounds = [0, *places, len(document)]
+    return [document[begin:end] for begin, end in pairwise(bounds)]
 
 
 def join(*parts: Document) -> Document:
     """Documents end to end as one; a mask that one of them has, all have."""
-    sequence = data._join(list(parts))
-    return Document(sequence.input_ids, sequence.loss_mask)
+    masks = [np.ones(len(part), bool) if part.loss_mask is None else part.loss_mask
+             for part in parts]
+    masked = any(part.loss_mask is not None for part in parts)
+    return Document(np.concatenate([part.input_ids for part in parts]),
+                    np.concatenate(masks) if masked else None)
 
 
 def _ids(ids: Sequence[int] | np.ndarray, trained: bool) -> Document:
@@ -94,12 +99,13 @@ def _ids(ids: Sequence[int] | np.ndarray, trained: bool) -> Document:
 
 def knots(asked: Iterator[Document], others: Iterator[Document], length: int, tokenizer: Tokenizer,
           rng: np.random.Generator, hops: int = 4) -> Iterator[Document]:
-    """Knots of exactly `length` tokens, each of one document of `asked` and as many of `others` as it takes.
+    """Knots of exactly `length` tokens: one document of `asked`, and as many of `others` as fit.
 
-    One, because two recall documents would give one key two values; real documents differ in their subjects.
-    What is left of the length, a whole document of `others` being too long for it, stands before the knot.
+    One, because two recall documents would give one key two values; real documents differ in their
+    subjects. What is left of the length, a whole document of `others` being too long for it, stands
+    before the knot.
     """
-    marks = 5 * hops + 1  # tokens that tie a document, at most: two names a chunk, a mark each and one more
+    marks = 5 * hops + 1  # tokens that tie a document, at most: two names and a mark a chunk, +1
     while True:
         found = [next(asked)]
         while sum(map(len, found)) + marks * len(found) < length:
@@ -115,15 +121,15 @@ def knots(asked: Iterator[Document], others: Iterator[Document], length: int, to
 #
 #     a document of 13 tokens, 2 <= size <= 8:   aaaaaaaa | aaaa      (the last one is dropped)
 #
-#     sizes in the order of training   22222222 44 22222222 44 8 44 8 8      short first, then ever longer,
+#     sizes in the order of training   22222222 44 22222222 44 8 44 8 8    short first, then longer,
 #                                      22222222 22222222 44 8 44 44 8 8      in several cycles
 #
-# No piece is part of two documents and no sequence has pieces of two sizes, so that attention costs what
-# the documents' real lengths cost; and the model meets long ones when it is ready for them.
+# No piece is part of two documents and no sequence has pieces of two sizes, so that attention costs
+# what the documents' real lengths cost; and the model meets long ones when it is ready for them.
 
 
 def decompose(document: Document, shortest: int, longest: int) -> Iterator[Document]:
-    """Cut a document into pieces of powers of two, the largest first (2405.13226); drop the rest."""
+    """Cut a document into pieces of powers of two, largest first (2405.13226); drop the rest."""
     begin, size = 0, longest
     while size >= shortest:
         if len(document) - begin >= size:
@@ -135,13 +141,15 @@ def decompose(document: Document, shortest: int, longest: int) -> Iterator[Docum
 
 def length_curriculum(documents: Iterable[Document], seq_len: int, shortest: int, cycles: int,
                       rng: np.random.Generator) -> list[PackedSequence]:
-    """Decompose documents into sequences of one size of pieces each, and order those from short to long.
+    """Decompose documents into sequences of pieces of one size, and order those from short to long.
 
-    In each of `cycles` cycles a size is drawn by how many of its sequences the cycle has left, over the size.
+    In each of `cycles` cycles a size is drawn by how many of its sequences the cycle has left, over
+    the size.
     """
     pieces = [piece for document in documents for piece in decompose(document, shortest, seq_len)]
     sizes = sorted({len(piece) for piece in pieces})
-    buckets = [list(data.pack_long((p for p in pieces if len(p) == size), size, seq_len)) for size in sizes]
+    buckets = [list(data.pack_long((p for p in pieces if len(p) == size), size, seq_len))
+               for size in sizes]
     order: list[PackedSequence] = []
     for cycle in range(cycles):
         left = [iter(bucket[cycle::cycles]) for bucket in buckets]
@@ -154,13 +162,15 @@ def length_curriculum(documents: Iterable[Document], seq_len: int, shortest: int
     return order
 
 
-def in_drawing_order(sequences: Sequence[PackedSequence], domain: str, seed: int) -> list[PackedSequence]:
-    """Place sequences so that a run with this seed, drawing all of them once, draws them in the order given.
+def in_drawing_order(sequences: Sequence[PackedSequence], domain: str,
+                     seed: int) -> list[PackedSequence]:
+    """Place sequences so that a run with this seed, drawing each once, draws them in this order.
 
     A mixture permutes every domain; this undoes it. The domain must be the run's only one.
     """
     placed = list(sequences)
-    for place, sequence in zip(data._permutation(seed, domain, 0, len(placed)), sequences, strict=True):
+    order = data.generator(seed, domain, 0).permutation(len(placed))  # as Mixture draws epoch 0
+    for place, sequence in zip(order, sequences, strict=True):
         placed[place] = sequence
     return placed
 
@@ -168,13 +178,13 @@ def in_drawing_order(sequences: Sequence[PackedSequence], domain: str, seed: int
 # --- 3. Skipped positions -------------------------------------------------------------------------
 #
 #     positions of a document of 8 tokens      0 1 2 3 4 5 6 7
-#     with a jump, up to a context of 64       0 1 2 45 46 47 48 49        at a random token, of random size
+#     with a jump, up to a context of 64       0 1 2 45 46 47 48 49     at a random token
 #
 # A model of a short context meets the distances of a long one at the cost of a short one.
 
 
 def skip_positions(positions: Tensor, target: int, rng: np.random.Generator) -> Tensor:
-    """Positions (T,) that restart at 0 with every document -> with one jump in each, none beyond `target`."""
+    """Add one jump to the positions (T,) of each document; none ends beyond `target`."""
     begins = np.append((positions == 0).nonzero().flatten().numpy(), len(positions))
     lens = np.diff(begins)
     gaps = rng.integers(np.maximum(target - lens, 0) + 1)
@@ -195,10 +205,11 @@ def replaced(owner: Any, name: str, by: Any) -> Iterator[None]:
 
 
 def skipping_rope(target: int, seed: int) -> Callable[..., tuple[Tensor, Tensor]]:
-    """model.rope_cos_sin with skipped positions (PoSE, 2309.10400; in fine-tuning SkipAlign, 2405.03939)."""
+    """model.rope_cos_sin with skipped positions (PoSE; in fine-tuning SkipAlign, 2405.03939)."""
     rng, plain = np.random.default_rng(seed), model.rope_cos_sin
 
-    def rope(config: model.ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def rope(config: model.ModelConfig, positions: Tensor,
+             dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return plain(config, skip_positions(positions, target, rng), dtype)
 
     return rope
@@ -208,20 +219,21 @@ def skipping_rope(target: int, seed: int) -> Callable[..., tuple[Tensor, Tensor]
 #
 #     trained tokens of two conversations:  3 and 500
 #
-#     tokens       (sum of 503 losses) / 503               ours, and A.3
-#     documents    (mean of 3 + mean of 500) / 2           LongAlign's: the 3 weigh as much as the 500
-#     sequences    the same with packed sequences for conversations: what a trainer does that takes the mean
-#                  of each sequence, and then the mean of those (A.3: it "skews the optimization")
+#     tokens       (sum of 503 losses) / 503             ours, and A.3
+#     documents    (mean of 3 + mean of 500) / 2         LongAlign's: the 3 weigh as much as the 500
+#     sequences    the same with packed sequences for conversations: so it is where a trainer takes
+#                  the mean of each sequence, and the mean of those (A.3: it "skews the
+#                  optimization")
 
 
 def average_by(what: str, seq_len: int = 0) -> Callable[..., tuple[Tensor, Tensor]]:
     """Transformer.loss with each document's, or sequence's, trained tokens weighing 1 together.
 
-    It returns what train_step expects, a sum to divide by the step's valid tokens; a step must be one
-    micro-batch on one rank, or the weights would be another step's.
+    It returns what train_step expects, a sum to divide by the step's valid tokens; a step must be
+    one micro-batch on one rank, or the weights would be another step's.
     """
     if what not in ("documents", "sequences"):
-        raise ValueError(f"a loss by {what!r} is not one of this file; choose documents or sequences")
+        raise ValueError(f"a loss by {what!r} is unknown; choose documents or sequences")
 
     def loss(self: model.Transformer, input_ids: Tensor, labels: Tensor, doc_lens: Sequence[int],
              parallel: model.Parallel | None = None) -> tuple[Tensor, Tensor]:
@@ -239,38 +251,18 @@ def average_by(what: str, seq_len: int = 0) -> Callable[..., tuple[Tensor, Tenso
     return loss
 
 
-# --- 5. Synthetic conversations that a rule can write -------------------------------------------------
-
-DOCUMENTED = re.compile(r'^def (\w+)\(.*?\).*?:\n +"""(\w[^"\n]{10,80})', re.MULTILINE)
-
-
-def sources_by_rule(folder: Path, tokenizer: Tokenizer, template: str, seq_len: int, n: int,
-                    seed: int) -> Iterator[dict[str, Any]]:
-    """In place of sft.write_sources, whose writer is a language model: questions about functions in code.
-
-    What a function does is the first line of its docstring, which stands in the text: it can be found there.
-    """
-    texts = (tokenizer.decode(document.input_ids[1:-1]) for document in data.code_repos(tokenizer, seed))
-    size = seq_len * 3 // 4
-    parts = (text[begin:begin + size] for text in texts for begin in range(0, len(text), size))
-    for part in islice((part for part in parts if DOCUMENTED.search(part)), n):
-        pairs = [{"question": f"What does {found[1]} do?", "answer": found[2], "chunk": found[0]}
-                 for found in DOCUMENTED.finditer(part)]
-        yield {"document": part, "pairs": pairs, "summary": " ".join(pair["answer"] for pair in pairs)}
-
-
-# --- 6. Packs and runs ----------------------------------------------------------------------------
+# --- 5. Packs and runs ----------------------------------------------------------------------------
 
 
 def make_knots(tokenizer: Tokenizer, seq_len: int, n: int, seed: int) -> list[PackedSequence]:
-    """Sequences of one knot each: a recall document of at most a quarter of it, tied with short functions.
+    """Sequences of one knot each: a recall document of up to a quarter of it, and short functions.
 
     Only answers are trained, as in recall documents: what lies around them is their haystack.
     """
     asked = data.SYNTHETIC_DOMAINS["recall"](tokenizer, seed, seq_len // 4)
     functions = chain.from_iterable(data.short(tokenizer, seed + epoch) for epoch in range(1000))
     haystack = (Document(f.input_ids, np.zeros(len(f), bool)) for f in functions)
-    tied = knots(asked, haystack, seq_len, tokenizer, data._generator(seed, "knots"))
+    tied = knots(asked, haystack, seq_len, tokenizer, data.generator(seed, "knots"))
     return [PackedSequence(k.input_ids, (seq_len,), k.loss_mask) for k in islice(tied, n)]
 
 
@@ -281,12 +273,14 @@ def make_decomposed(tokenizer: Tokenizer, seq_len: int, n: int, seed: int, share
     Made from the documents of 10 more: pieces of a size that do not fill a sequence are left over.
     """
     documents: list[Document] = []
-    rng = data._generator(seed, "decomposed")
+    rng = data.generator(seed, "decomposed")
     for domain, share in shares.items():
-        name, _, length = domain.partition("-")
-        stream = (data.SYNTHETIC_DOMAINS[name](tokenizer, seed, parse_length(length))
-                  if name in data.SYNTHETIC_DOMAINS else
-                  (data.LONG_DOMAINS | data.SHORT_DOMAINS)[name](tokenizer, seed))
+        part = data.parse_domain(domain)
+        name = part.name
+        if name in data.SYNTHETIC_DOMAINS:
+            stream = data.SYNTHETIC_DOMAINS[name](tokenizer, seed, part.length)
+        else:
+            stream = (data.LONG_DOMAINS | data.SHORT_DOMAINS)[name](tokenizer, seed)
         wanted = int(share / sum(shares.values()) * (n + 10) * seq_len)
         while wanted > 0:
             document = next(stream)
@@ -301,7 +295,8 @@ def pack(args: argparse.Namespace) -> None:
     if args.way == "knots":
         sequences = make_knots(tokenizer, args.seq, args.sequences, args.seed)
     else:
-        made = make_decomposed(tokenizer, args.seq, args.sequences, args.seed, data.parse_mixture(args.mix))
+        shares = data.parse_mixture(args.mix)
+        made = make_decomposed(tokenizer, args.seq, args.sequences, args.seed, shares)
         sequences = in_drawing_order(made, args.out.name, args.seed)
     report.documents_in = sum(len(s.doc_lens) for s in sequences)
     report.tokens_in = report.tokens_packed = len(sequences) * args.seq
@@ -318,14 +313,16 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
     packer.add_argument("way", choices=("knots", "decomposed"))
     packer.add_argument("--seq", type=parse_length, default=8192, help="tokens of a sequence")
     packer.add_argument("--sequences", type=int, default=60, help="how many")
-    packer.add_argument("--mix", default="recall-8k=0.7,code_repos-8k=0.3", help="what is decomposed")
+    packer.add_argument("--mix", default="recall-8k=0.7,code_repos-8k=0.3", help="what is "
+                                                                                 "decomposed")
     packer.add_argument("--out", type=Path, required=True, help="the folder to write")
     packer.add_argument("--seed", type=int, default=0)
     for name in ("train", "sft"):
         runner = commands.add_parser(name, allow_abbrev=False, add_help=False)
-        runner.add_argument("--skip-to", type=parse_length, help="jump in each document, up to this position")
-        runner.add_argument("--rule-writer", action="store_true", help="sft: synthetic data by a rule")
-        runner.add_argument("--average", choices=("documents", "sequences"), help="what weighs the same")
+        runner.add_argument("--skip-to", type=parse_length, help="jump in each document, up to "
+                                                                 "this position")
+        runner.add_argument("--average", choices=("documents", "sequences"), help="what weighs the "
+                                                                                  "same")
     args, others = parser.parse_known_args(argv)
     if args.command == "pack" and others:
         parser.error(f"unknown: {' '.join(others)}")
@@ -343,9 +340,7 @@ def main() -> None:
 def run(args: argparse.Namespace, others: list[str]) -> None:
     """Run train.py or sft.py with their own options and what was asked for replaced."""
     program, kind = (train, train.TrainConfig) if args.command == "train" else (sft, sft.SftConfig)
-    config = data.parse_cli(kind, program.__doc__, others)  # what is wrong is said before anything starts
-    if args.rule_writer and not (args.command == "sft" and config.synthetic_share):
-        raise ValueError("--rule-writer writes what sft.py's --synthetic-share asks for: give both")
+    config = data.parse_cli(kind, program.__doc__, others)  # ends here if an option is wrong
     rope = skipping_rope(args.skip_to, config.seed) if args.skip_to else model.rope_cos_sin
     loss = model.Transformer.loss
     if args.average:
@@ -353,9 +348,7 @@ def run(args: argparse.Namespace, others: list[str]) -> None:
         if args.average == "sequences" and not config.seq:
             raise ValueError("--average sequences needs --seq")
     sys.argv = [f"{args.command}.py", *others]
-    write = sources_by_rule if args.rule_writer else sft.write_sources
-    with (replaced(model, "rope_cos_sin", rope), replaced(model.Transformer, "loss", loss),
-          replaced(sft, "write_sources", write)):
+    with replaced(model, "rope_cos_sin", rope), replaced(model.Transformer, "loss", loss):
         program.main()
 
 

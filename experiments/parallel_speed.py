@@ -2,14 +2,15 @@
 
     python experiments/parallel_speed.py            about three minutes on two cores
 
-1. Minibatch reordering, modelled: the 64k stage on 8 data-parallel ranks, every micro-step as slow as its
+1. Minibatch reordering, modelled: the 64k stage on 8 data-parallel ranks, every micro-step as slow
+as its
    costliest rank (FLOPs of Llama-3-8B by `flops_per_step`). Table 15: +11.7%.
-2. Minibatch reordering, measured: two ranks of one thread, steps sorted and as drawn in turn.
-3. Ulysses, measured: two ranks of one thread share one 16K document (and 32 short ones), against one
+2. Minibatch reordering, measured: two ranks of one thread, steps sorted and as drawn in turn. 3.
+Ulysses, measured: two ranks of one thread share one 16K document (and 32 short ones), against one
    process of two threads on the same tokens.
 
-Rounds alternate between what is compared, and the ratio is the median over rounds: timings on a shared
-machine drift. Writes docs/figures/parallel_speed.json and .png, and prints a table.
+Rounds alternate between what is compared, and the ratio is the median over rounds: timings on a
+shared machine drift. Writes docs/figures/parallel_speed.json and .png, and prints a table.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def sequence(doc_lens: Sequence[int], seed: int = 0) -> PackedSequence:
 
 
 def short_documents(rng: np.random.Generator, seq_len: int) -> tuple[int, ...]:
-    """Lengths like ShortMix's: log-normal with a mean near 900 tokens, cut where the sequence ends."""
+    """Lengths like ShortMix's: log-normal, with a mean near 900 tokens, cut where it is full."""
     lens: list[int] = []
     while (room := seq_len - sum(lens)) > 0:
         lens.append(min(room, max(16, int(rng.lognormal(6.3, 1.0)))))
@@ -57,14 +58,16 @@ def short_documents(rng: np.random.Generator, seq_len: int) -> tuple[int, ...]:
 
 
 def model_step_times(dp_size: int = 8, steps: int = 50, seed: int = 0) -> dict[str, float]:
-    """FLOPs that the costliest ranks must do, for the 64k stage and Llama-3-8B: the rows of Table 15."""
-    stage, config, rng = RECIPES["prolong"][0], preset_config("llama3-8b", VOCAB), np.random.default_rng(seed)
+    """FLOPs of the costliest ranks, for the 64k stage and Llama-3-8B: the rows of Table 15."""
+    stage, config = RECIPES["prolong"][0], preset_config("llama3-8b", VOCAB)
+    rng = np.random.default_rng(seed)
     short_share = sum(stage.mixture[name] for name in SHORT_MIX)
     times = dict.fromkeys(("full attention", "as drawn", "sorted"), 0.0)
     for _ in range(steps):
         drawn = []
         for _ in range(stage.batch_tokens // stage.seq_len):
-            lens = (short_documents(rng, stage.seq_len) if rng.random() < short_share else (stage.seq_len,))
+            is_short = rng.random() < short_share
+            lens = short_documents(rng, stage.seq_len) if is_short else (stage.seq_len,)
             drawn.append(PackedSequence(np.empty(0, np.uint32), lens))
         for name, reorder in (("as drawn", False), ("sorted", True)):
             for ranks in arrange_step(drawn, dp_size, per_batch=1, reorder=reorder):
@@ -73,10 +76,11 @@ def model_step_times(dp_size: int = 8, steps: int = 50, seed: int = 0) -> dict[s
     return times
 
 
-# --- 2. and 3. Measured: what each process does -----------------------------------------------------
+# --- 2. and 3. Measured: what each process does ---------------------------------------------------
 
 
-def worker(rank: int, world: int, threads: int, sp_size: int, jobs: list[dict[str, Any]], store: str) -> None:
+def worker(rank: int, world: int, threads: int, sp_size: int, jobs: list[dict[str, Any]],
+           store: str) -> None:
     """Run every job's steps in turn, ROUNDS times; rank 0 writes the seconds of each."""
     torch.set_num_threads(threads)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
@@ -102,7 +106,8 @@ def worker(rank: int, world: int, threads: int, sp_size: int, jobs: list[dict[st
     dist.destroy_process_group()
 
 
-def measure(world: int, threads: int, sp_size: int, jobs: list[dict[str, Any]]) -> dict[str, list[float]]:
+def measure(world: int, threads: int, sp_size: int,
+            jobs: list[dict[str, Any]]) -> dict[str, list[float]]:
     """Spawn the processes; return {job: seconds of each round}."""
     with tempfile.TemporaryDirectory() as folder:
         store = f"{folder}/store"
@@ -111,7 +116,7 @@ def measure(world: int, threads: int, sp_size: int, jobs: list[dict[str, Any]]) 
 
 
 def measure_reordering() -> dict[str, Any]:
-    """Eight sequences of 4K a step over two ranks: half of them one document, half 64 short ones."""
+    """Eight sequences of 4K a step over two ranks, half of one document, half of 64 short ones."""
     packs = [(4096,), (64,) * 64, (64,) * 64, (4096,), (4096,), (64,) * 64, (64,) * 64, (4096,)]
     seconds = measure(2, 1, 1, [{"name": "sorted", "packs": packs, "reorder": True},
                                 {"name": "drawn", "packs": packs, "reorder": False}])
@@ -120,7 +125,7 @@ def measure_reordering() -> dict[str, Any]:
 
 
 def measure_ulysses() -> dict[str, Any]:
-    """Tokens per second of two ranks that share a sequence over those of one process of two threads."""
+    """Speed of two ranks that share a sequence, over that of one process of two threads."""
     jobs = [{"name": "one document of 16K", "packs": [(16_384,)], "reorder": True},
             {"name": "32 documents of 512", "packs": [(512,) * 32], "reorder": True}]
     pairs = [(measure(1, 2, 1, jobs), measure(2, 1, 2, jobs)) for _ in range(3)]
@@ -128,17 +133,19 @@ def measure_ulysses() -> dict[str, Any]:
     for job in (job["name"] for job in jobs):
         ratios = [a / b for one, two in pairs for a, b in zip(one[job], two[job], strict=True)]
         result[job] = {"one_process_s": [one[job] for one, _ in pairs],
-                       "two_ranks_s": [two[job] for _, two in pairs], "ratio": statistics.median(ratios)}
+                       "two_ranks_s": [two[job] for _, two in pairs],
+                       "ratio": statistics.median(ratios)}
     return result
 
 
-# --- 4. Table and picture --------------------------------------------------------------------------
+# --- 4. Table and picture -------------------------------------------------------------------------
 
 
 def main() -> None:
     times, reordering, ulysses = model_step_times(), measure_reordering(), measure_ulysses()
     modelled = times["as drawn"] / times["sorted"]
-    rows = {"reordering, modelled, 8 ranks": modelled, "reordering, measured, 2 ranks": reordering["ratio"],
+    rows = {"reordering, modelled, 8 ranks": modelled,
+            "reordering, measured, 2 ranks": reordering["ratio"],
             **{f"Ulysses, {name}": job["ratio"] for name, job in ulysses.items()}}
     for name, ratio in rows.items():
         print(f"{name:<34} {ratio:6.3f} x throughput")

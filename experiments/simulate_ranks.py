@@ -3,13 +3,14 @@
     python experiments/simulate_ranks.py --world-size 8 --model llama3-8b --seq 512k --fake-tensors
     python experiments/simulate_ranks.py --world-size 8 --model llama3-8b --seq 512k        on one CUDA GPU
 
-PyTorch's fake process group says "done" to every collective without sending anything. So one GPU holds and
-computes just what rank 0 of N would: its part of weights and optimizer, its tokens, its heads in attention.
-Numbers are then meaningless; shapes, memory and (communication aside) time are real.
+PyTorch's fake process group says "done" to every collective without sending anything. So one GPU
+holds and computes just what rank 0 of N would: its part of weights and optimizer, its tokens, its
+heads in attention. Numbers are then meaningless; shapes, memory and time without communication are
+real.
 
-With --fake-tensors nothing is computed either: tensors have shapes and no memory, operations only work out
-shapes, and all live tensors are added up. That runs Llama-3-8B at 512K on a laptop in half a minute;
-the plan of `train.py --plan` is checked against it (tests/test_plan.py).
+With --fake-tensors nothing is computed either: tensors have shapes and no memory, operations only
+work out shapes, and we add up all live tensors. That runs Llama-3-8B at 512K on a laptop in half a
+minute; the plan of `train.py --plan` is checked against it (tests/test_plan.py).
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -35,7 +36,6 @@ from model import (
     BACKENDS,
     MemoryOptions,
     Transformer,
-    attention_sdpa,
     flops_per_step,
     init_parallel,
     preset_config,
@@ -56,10 +56,35 @@ class SimulateConfig:
     steps: int = option(3, "steps to time (one more warms up)", parse_length)
 
 
-def one_kernel(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-               *_: torch.Tensor) -> list[torch.Tensor]:
-    """The shapes of attention's gradients, (T, H, D) and 2 x (T, H_kv, D), all that a kernel leaves."""
-    return [torch.empty_like(x) for x in (q, k, v)]
+# A GPU computes attention and a norm in one kernel each. With fake tensors a CPU would take several
+# steps for them, and count what lives between. These two stand for the kernels, and keep what they do.
+
+
+class OneKernelAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q)  # (T, H, D)
+        log_sum_exp = q.new_empty(q.shape[:2], dtype=torch.float32)  # (T, H)
+        ctx.save_for_backward(q, k, v, out, log_sum_exp)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, _, _ = ctx.saved_tensors
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+class OneKernelNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        scale = x.new_empty(x.shape[:-1], dtype=torch.float32)  # (T,)
+        ctx.save_for_backward(x, weight, scale)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
 
 
 def simulate(config: SimulateConfig, **changes: Any) -> dict[str, Any]:
@@ -68,10 +93,9 @@ def simulate(config: SimulateConfig, **changes: Any) -> dict[str, Any]:
     from torch.distributed._tools.mem_tracker import MemTracker
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    levers = MemoryOptions(config.loss_chunk_tokens, config.activations, config.mlp_tile_tokens)
+    options = MemoryOptions(config.loss_chunk_tokens, config.activations, config.mlp_tile_tokens)
     shape = replace(preset_config(config.model, 295), max_seq_len=config.seq, **changes)
     doc_lens = (config.seq // config.documents,) * config.documents
-    cu_seqlens = torch.tensor([0, *accumulate(doc_lens)])
     os.environ |= {"RANK": "0", "WORLD_SIZE": str(config.world_size)}
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=config.world_size)
     try:
@@ -82,13 +106,13 @@ def simulate(config: SimulateConfig, **changes: Any) -> dict[str, Any]:
                 stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             with device:
                 model = Transformer(shape)
-            model.set_memory_options(levers, device)
-            if config.fake_tensors:  # a fake cu_seqlens cannot be read; the true one can
-                BACKENDS["shapes"] = lambda q, k, v, _, longest: attention_sdpa(q, k, v, cu_seqlens, longest)
+            model.set_memory_options(options)
+            if config.fake_tensors:
+                BACKENDS["shapes"] = lambda q, k, v, *_: OneKernelAttention.apply(q, k, v)
                 model.backend = "shapes"
-                # It stands for a GPU: no spans, and attention's backward is one kernel, not tiles in turn.
-                stack.enter_context(patch("model.CPU_SPAN_BYTES", sys.maxsize))
-                stack.enter_context(patch("model._tiled_backward", one_kernel))
+                norm = patch.object(nn.RMSNorm, "forward",
+                                    lambda self, x: OneKernelNorm.apply(x, self.weight))
+                stack.enter_context(norm)
             model = shard_model(model, parallel, torch.bfloat16)
             optimizer = make_optimizer(model, 0.1)
             ids = torch.zeros(config.seq // config.world_size, dtype=torch.long, device=device)
@@ -120,7 +144,7 @@ def simulate(config: SimulateConfig, **changes: Any) -> dict[str, Any]:
             seconds = time.perf_counter() - begin
     finally:
         dist.destroy_process_group()
-    plan = memory_per_rank(shape, levers, config.seq // config.world_size, config.world_size)
+    plan = memory_per_rank(shape, options, config.seq // config.world_size, config.world_size)
     return {**asdict(config), "seconds": seconds, "peak_bytes": peak, "plan": plan,
             "flops": flops_per_step(shape, doc_lens) / config.world_size}
 

@@ -1,11 +1,12 @@
 """eval.py with more tasks, for the lab: other recall, and chat.
 
-    python experiments/tasks.py --model runs/tiny/checkpoints/ultra-100 --tasks few,recall,many --lengths 4k
+    python experiments/tasks.py --model runs/tiny/checkpoints/ultra-100 --tasks few,recall --lengths 4k
 
-`few` scatters 4 pairs in held-out code (as many keys as RULER's first multi-key needle task), `recall` 16, as
-in training, `many` 32, twice as many as training ever showed and as many as there are keys. All other options
-and results are eval.py's. `recall_prose` has held-out prose, docstrings, where `recall` has code;
-`chat_value` and `chat_label` are sft.py's held-out questions about a context, asked in a conversation.
+`few` scatters 4 pairs in held-out code (as many keys as RULER's first multi-key needle task),
+`recall` 16, as in training, and `many` 32, which is twice as many as training ever showed and as
+many as there are keys. `recall_prose` has held-out prose, docstrings, where `recall` has code.
+`chat_value` and `chat_label` are sft.py's held-out questions about a context, asked in a
+conversation. All other options and results are eval.py's.
 """
 
 from __future__ import annotations
@@ -24,39 +25,43 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import sft  # noqa: E402
+from support import installed, scores, toy  # noqa: E402
 
 
 def scattered_pairs(n_pairs: int, tokenizer: data.Tokenizer, length: int, n: int, questions: int,
                     seed: int) -> list[evaluation.Example]:
-    """`recall` with another number of pairs: contexts of held-out code, and a question about every pair."""
+    """`recall` with another number of pairs: held-out code, and a question about every pair."""
     rng = np.random.default_rng((seed, length, n, n_pairs))
-    room = evaluation._room(tokenizer, length, n_pairs)
+    room = evaluation.haystack_room(tokenizer, length, n_pairs)
     haystack = data.haystack_windows(tokenizer, rng, n, room, seed, held_out=True)
-    return evaluation._ask_for_each(tokenizer, rng, haystack, n_pairs)
+    return evaluation.ask_for_each(tokenizer, rng, haystack, n_pairs)
 
 
 @cache
 def held_out_prose(tokenizer: data.Tokenizer) -> np.ndarray:
     """The docstrings of the packages that training never sees, some 80,000 tokens."""
-    held_out = [files for name, files in sorted(data.list_repositories().items()) if data.is_held_out(name)]
-    texts = [ast.get_docstring(tree) or "" for files in held_out for tree in data.syntax_trees(files[:200])]
+    texts = []
+    for _, files in sorted(installed.list_repositories(held_out=True).items()):
+        texts += [ast.get_docstring(tree) or "" for tree in installed.syntax_trees(files[:200])]
     return tokenizer.encode("\n\n".join(text for text in texts if len(text) > 200))
 
 
 def prose_recall(tokenizer: data.Tokenizer, length: int, n: int, questions: int,
                  seed: int) -> list[evaluation.Example]:
     """`recall` with held-out prose as its haystack."""
-    rng, room = np.random.default_rng((seed, length, n)), evaluation._room(tokenizer, length)
+    rng = np.random.default_rng((seed, length, n))
+    room = evaluation.haystack_room(tokenizer, length)
     text = held_out_prose(tokenizer)
     begins = rng.integers(len(text) - room + 1, size=(n, 1))
-    return evaluation._ask_for_each(tokenizer, rng, text[begins + np.arange(room)])
+    return evaluation.ask_for_each(tokenizer, rng, text[begins + np.arange(room)])
 
 
-def chat(family: str, tokenizer: data.Tokenizer, length: int, n: int, questions: int,
+def chat(kind: str, tokenizer: data.Tokenizer, length: int, n: int, questions: int,
          seed: int) -> list[evaluation.Example]:
     """First questions of held-out conversations, and the symbols of their answers."""
     examples = []
-    for messages in islice(sft.builtin_conversations(tokenizer, seed, [family], 1024, held_out=True), n):
+    conversations = sft.builtin_conversations(tokenizer, seed, [kind], 1024, held_out=True)
+    for messages in islice(conversations, n):
         asked = sft.encode_chat(tokenizer, messages[:1], answer_next=True).input_ids
         answer = messages[1]["content"]
         question = evaluation.Question(asked[-1:], (tokenizer.decode(answer),))
@@ -64,13 +69,14 @@ def chat(family: str, tokenizer: data.Tokenizer, length: int, n: int, questions:
     return examples
 
 
-_same = partial(evaluation.Task, score=evaluation.score_same, exact=True)
+_exact = partial(evaluation.Task, score=scores.same, exact=True)
 MORE_TASKS = {
-    "few": _same(partial(scattered_pairs, 4), category="recall", shared=4),
-    "many": _same(partial(scattered_pairs, len(data.SYMBOLS)), category="recall", shared=len(data.SYMBOLS)),
-    "recall_prose": _same(prose_recall, category="recall", shared=data.N_PAIRS),
-    "chat_value": _same(partial(chat, "value"), category="chat", shared=1, only_length=1024),
-    "chat_label": _same(partial(chat, "label"), category="chat", shared=1, only_length=1024),
+    "few": _exact(partial(scattered_pairs, 4), category="recall", shared=4),
+    "many": _exact(partial(scattered_pairs, len(toy.SYMBOLS)), category="recall",
+                   shared=len(toy.SYMBOLS)),
+    "recall_prose": _exact(prose_recall, category="recall", shared=toy.N_PAIRS),
+    "chat_value": _exact(partial(chat, "value"), category="chat", shared=1, only_length=1024),
+    "chat_label": _exact(partial(chat, "label"), category="chat", shared=1, only_length=1024),
 }
 
 

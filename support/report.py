@@ -1,97 +1,28 @@
-"""Tables, tests and pictures of what was measured. Everything here takes plain dicts, arrays and strings.
+"""Pictures of scores and of packed sequences, and text as it is written.
 
-    compare([A's evaluation, B's evaluation]) -> rows      which differences are real (paired, corrected)
-    draw_scores, draw_recall                               score by length, score by length and depth
-    format_lengths, picture, draw_packed                   document lengths of packed sequences
+    draw_scores, draw_recall, compare_files      evaluations, as eval.py writes them
+    format_lengths, picture, draw_packed         document lengths of packed sequences
+    print_tokens                                 what a model writes, as it comes
 
 A function that draws returns False, or None, where matplotlib (the `plots` extra) is not installed.
-Sources: McNemar (1947), Holm (1979).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import codecs
+import json
+import sys
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from support.cli import format_length
+from .cli import format_length
+from .scores import compare, format_comparison
 
-# --- 1. Is a difference real? ---------------------------------------------------------------------
-
-
-def paired_p_value(differences: Sequence[float], seed: int = 0) -> float:
-    """The p-value of a sign-flip test on the score differences, one for each context.
-
-    If the two models were equal, each context's difference could as well have the opposite sign. How often
-    is the sum then at least this large? We count exactly where all differences have one size (for answers
-    that are right or wrong this is McNemar's test) and by 10,000 random flips otherwise.
-    """
-    d = np.array([x for x in differences if x])
-    if len(d) == 0:
-        return 1.0
-    if np.ptp(np.abs(d)) < 1e-12:
-        fewer = min((d > 0).sum(), (d < 0).sum())
-        tail = sum(math.comb(len(d), k) for k in range(fewer + 1)) / 2 ** len(d)
-        return min(1.0, 2 * tail)
-    signs = np.random.default_rng(seed).choice([-1.0, 1.0], (10_000, len(d)))
-    at_least = np.abs(signs @ d) >= abs(d.sum()) - 1e-12
-    return float((at_least.sum() + 1) / 10_001)
-
-
-def compare(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:
-    """Score differences b - a of two evaluations, a row for each task and length.
-
-    A row has the difference, its 95% interval (bootstrap over contexts), its p-value, and whether it is
-    `real`: whether it survives Holm's correction for looking at so many differences at once.
-    Raises ValueError unless both models were asked the same questions.
-    """
-    rows = []
-    for x, y in zip(a["results"], b["results"], strict=False):
-        if _asked(x) != _asked(y) or len(a["results"]) != len(b["results"]):
-            raise ValueError(f"{a['model']} and {b['model']} were not asked the same questions ({x['task']} "
-                             f"at {x['length']}); give both the same tasks, lengths, samples and seed")
-        by_context: dict[int, list[float]] = {}
-        for p, q in zip(x["predictions"], y["predictions"], strict=True):
-            by_context.setdefault(p["context"], []).append(q["score"] - p["score"])
-        sums = np.array([sum(context) for context in by_context.values()], float)
-        counts = np.array([len(context) for context in by_context.values()], float)
-        draws = np.random.default_rng(0).integers(len(sums), size=(2000, len(sums)))
-        low, high = np.percentile(sums[draws].sum(1) / counts[draws].sum(1), [2.5, 97.5])
-        rows.append({"task": x["task"], "length": x["length"], "a": x["score"], "b": y["score"],
-                     "difference": float(sums.sum() / counts.sum()), "low": float(low),
-                     "high": float(high), "p": paired_p_value(sums.tolist()), "contexts": len(sums)})
-    real = True
-    for k, row in enumerate(sorted(rows, key=lambda row: row["p"])):  # Holm: the smallest p first
-        real = real and row["p"] <= 0.05 / (len(rows) - k)
-        row["real"] = real
-    return rows
-
-
-def _asked(row: dict[str, Any]) -> tuple[Any, ...]:
-    questions = [(p["context"], p["prompt"], p["answers"]) for p in row["predictions"]]
-    return row["task"], row["length"], questions
-
-
-def format_comparison(a: str, b: str, rows: Sequence[dict[str, Any]]) -> str:
-    """The differences as a table, with a star at those that are real."""
-    wide = max(12, *(len(Path(row["task"]).stem) for row in rows))
-    lines = [f"{'task':<{wide}} {'length':>7} {a:>10.10} {b:>10.10}  difference  95% interval        p"]
-    for r in rows:
-        lines.append(f"{Path(r['task']).stem:<{wide}} {format_length(r['length']):>7} {r['a']:>10.3f} "
-                     f"{r['b']:>10.3f} {r['difference']:>+11.3f}  [{r['low']:+.2f}, {r['high']:+.2f}] "
-                     f"{r['p']:>8.2g}{' *' if r['real'] else ''}")
-    real = sum(row["real"] for row in rows)
-    lines.append(f"* real: {real} of {len(rows)} differences, at 5% for all together (Holm)")
-    few = sum(row["contexts"] < 6 for row in rows)
-    if few:
-        lines.append(f"{few} rest on fewer than 6 contexts, too few for any to be real; ask more (--samples)")
-    return "\n".join(lines)
-
-
-# --- 2. Pictures of scores ------------------------------------------------------------------------
+# --- 1. Scores ------------------------------------------------------------------------------------
 
 
 def _pyplot() -> Any:
@@ -112,45 +43,45 @@ def _save(figure: Any, path: Path) -> None:
     figure.clear()
 
 
-def _curve(axes: Any, rows: Sequence[dict[str, Any]], i: int, label: str, labels: Sequence[str]) -> None:
-    """Draw one model's scores by length, with their intervals."""
-    scores = [r["score"] for r in rows]
-    below = [max(0, r["score"] - r["low"]) for r in rows]
-    above = [max(0, r["high"] - r["score"]) for r in rows]
-    x = [labels.index(format_length(r["length"])) for r in rows]
-    axes.errorbar(x, scores, [below, above], marker="o", markersize=4, capsize=3, label=label,
-                  color=f"C{i}")
-    axes.set(xticks=range(len(labels)), xticklabels=labels, ylim=(-0.03, 1.05))
+def _draw_curves(axes: Any, evaluations: Sequence[dict[str, Any]], task: str, lengths: list[int],
+                 real: Sequence[tuple[str, int]] = ()) -> str:
+    """Draw one task: score by length with its interval, a line a model; returns the counts as text.
+
+    The dashed line is chance, and a star marks each (task, length) in `real`.
+    """
+    for i, evaluation in enumerate(evaluations):
+        rows = [r for r in evaluation["results"] if r["task"] == task]
+        x = [lengths.index(r["length"]) for r in rows]
+        below = [max(0, r["score"] - r["low"]) for r in rows]
+        above = [max(0, r["high"] - r["score"]) for r in rows]
+        axes.errorbar(x, [r["score"] for r in rows], [below, above], marker="o", markersize=4,
+                      capsize=3, label=evaluation["model"], color=f"C{i}")
+    axes.plot(x, [r["chance"] for r in rows], "--", color="gray", linewidth=1, label="chance")
+    for j, length in enumerate(lengths):
+        if (task, length) in real:
+            axes.text(j, 1.0, "*", ha="center", va="center", fontsize=14)
+    axes.set(xticks=range(len(lengths)), xticklabels=map(format_length, lengths),
+             ylim=(-0.03, 1.05))
     axes.grid(alpha=0.3)
+    return ", ".join(str(n) for n in sorted({r["n"] for r in rows}))
 
 
 def draw_scores(evaluations: Sequence[dict[str, Any]], path: Path,
                 real: Sequence[tuple[str, int]] = ()) -> bool:
-    """Draw a panel for each task: score by length, a line a model, chance dashed.
-
-    A star marks each (task, length) in `real`.
-    """
+    """Draw a panel for each task: score by length, a line a model."""
     pyplot = _pyplot()
     if pyplot is None:
         return False
-    names = list(dict.fromkeys(r["task"] for r in evaluations[0]["results"]))
-    lengths = sorted({r["length"] for r in evaluations[0]["results"]})
-    labels = [format_length(n) for n in lengths]
+    results = evaluations[0]["results"]
+    names = list(dict.fromkeys(r["task"] for r in results))
+    lengths = sorted({r["length"] for r in results})
     columns = min(4, len(names))
     lines = -(-len(names) // columns)
     figure, grid = pyplot.subplots(lines, columns, squeeze=False, sharey=True, layout="constrained",
                                    figsize=(max(4.5, 3.1 * columns), 0.8 + 2.3 * lines))
     for axes, name in zip(grid.flat, names, strict=False):
-        for i, evaluation in enumerate(evaluations):
-            rows = [r for r in evaluation["results"] if r["task"] == name]
-            _curve(axes, rows, i, evaluation["model"], labels)
-        axes.plot([lengths.index(r["length"]) for r in rows], [r["chance"] for r in rows], "--",
-                  color="gray", linewidth=1, label="chance")
-        for j, length in enumerate(lengths):
-            if (name, length) in real:
-                axes.text(j, 1.0, "*", ha="center", va="center", fontsize=14)
-        counts = sorted({r["n"] for r in rows})
-        axes.set_title(f"{Path(name).stem} (n = {', '.join(map(str, counts))})", fontsize=9)
+        counts = _draw_curves(axes, evaluations, name, lengths, real)
+        axes.set_title(f"{Path(name).stem} (n = {counts})", fontsize=9)
         axes.tick_params(labelsize=7)
     for axes in list(grid.flat)[len(names):]:
         axes.set_visible(False)
@@ -170,59 +101,88 @@ def draw_recall(evaluations: Sequence[dict[str, Any]], path: Path, task: str = "
     pyplot = _pyplot()
     if pyplot is None:
         return False
-    by_model = [[r for r in e["results"] if r["task"] == task] for e in evaluations]
-    if not by_model[0]:
+    lengths = [r["length"] for r in evaluations[0]["results"] if r["task"] == task]
+    if not lengths:
         return draw_scores(evaluations, path)
-    labels = [format_length(r["length"]) for r in by_model[0]]
-    figure = pyplot.figure(figsize=(3.2 * max(len(by_model), 2), 6.2), layout="constrained")
-    grid = figure.add_gridspec(2, len(by_model), height_ratios=(3, 2))
+    columns = len(evaluations)
+    figure = pyplot.figure(figsize=(3.2 * max(columns, 2), 6.2), layout="constrained")
+    grid = figure.add_gridspec(2, columns, height_ratios=(3, 2))
     curve = figure.add_subplot(grid[0, :])
-    for i, (evaluation, rows) in enumerate(zip(evaluations, by_model, strict=True)):
-        _curve(curve, rows, i, evaluation["model"], labels)
+    counts = _draw_curves(curve, evaluations, task, lengths)
+    title = "Recall of 16 pairs in held-out code" if task == "recall" else Path(task).stem
+    curve.set(xlabel="context length (tokens)", ylabel=f"{Path(task).stem}, with 95% interval",
+              title=f"{title}, n = {counts} each")
+    curve.legend(title="model")
+    for i, evaluation in enumerate(evaluations):
+        rows = [r["by_depth"] for r in evaluation["results"] if r["task"] == task]
+        depths = np.array(rows, float).T  # None -> nan; (length, depth) -> (depth, length)
         heat = figure.add_subplot(grid[1, i])
-        depths = np.array([[np.nan if s is None else s for s in r["by_depth"]] for r in rows]).T
         image = heat.imshow(depths, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        heat.set(title=evaluation["model"], xticks=range(len(labels)), xticklabels=labels,
+        heat.set(title=evaluation["model"], xticks=range(len(lengths)),
+                 xticklabels=map(format_length, lengths),
                  yticks=range(5), yticklabels=[f"{20 * b}-{20 * b + 20}%" for b in range(5)])
         heat.tick_params(labelsize=7)
         if i == 0:
             heat.set_ylabel("depth of the answer")
-    title = "Recall of 16 pairs in held-out code" if task == "recall" else Path(task).stem
-    counts = sorted({r["n"] for r in by_model[0]})
-    curve.set(xlabel="context length (tokens)", ylabel=f"{Path(task).stem}, with 95% interval",
-              title=f"{title}, n = {', '.join(map(str, counts))} each")
-    curve.legend(title="model")
     figure.colorbar(image, ax=figure.axes[1:], label="score", fraction=0.02)
     _save(figure, path)
     return True
 
 
-# --- 3. Packed sequences --------------------------------------------------------------------------
+def draw_evaluation(evaluation: dict[str, Any], folder: Path) -> bool:
+    """Draw all tasks of an evaluation by length, and one that has depths by depth."""
+    deep = [r["task"] for r in evaluation["results"] if any(s is not None for s in r["by_depth"])]
+    if deep:
+        task = "recall" if "recall" in deep else deep[0]
+        draw_recall([evaluation], folder / f"{evaluation['model']}-depth.png", task)
+    return draw_scores([evaluation], folder / f"{evaluation['model']}.png")
+
+
+def compare_files(names: str, out: str = "") -> None:
+    """Print and draw two evaluations, "A.json,B.json", and say which differences are real."""
+    paths = [Path(name) for name in names.split(",")]
+    if len(paths) != 2:
+        raise ValueError(f"--compare {names!r} must name two results, as A.json,B.json")
+    try:
+        a, b = (json.loads(path.read_text()) for path in paths)
+        rows = compare(a, b)
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"--compare {names}: not two results of eval.py ({error!r})") from None
+    if a["model"] == b["model"]:
+        a, b = a | {"model": f"{a['model']} (A)"}, b | {"model": f"{b['model']} (B)"}
+    print(format_comparison(a["model"], b["model"], rows))
+    figure = Path(out or paths[1].parent) / f"{paths[0].stem}-{paths[1].stem}.png"
+    drawn = draw_scores([a, b], figure, [(r["task"], r["length"]) for r in rows if r["real"]])
+    print(f"figure: {figure}" if drawn else "no figure: install the `plots` extra")
+
+
+# --- 2. Packed sequences --------------------------------------------------------------------------
 
 
 def format_lengths(lens: np.ndarray) -> str:
     """Document lengths, and the share of *tokens* in long documents, as in the paper's Table 14.
 
-    The table counts tokens, not documents: its ShortMix row is the mean of its components' rows, weighted
-    by their shares of tokens.
+    The table counts tokens: its ShortMix row is the mean of its parts' rows by shares of tokens.
     """
-    parts = [f">{limit}K {lens[lens > limit * 1024].sum() / lens.sum():.1%}" for limit in (4, 8, 16, 32)]
+    parts = [f">{limit}K {lens[lens > limit * 1024].sum() / lens.sum():.1%}"
+             for limit in (4, 8, 16, 32)]
     return (f"document lengths: shortest {lens.min():,}, median {int(np.median(lens)):,}, longest "
             f"{lens.max():,}; tokens in documents {'  '.join(parts)}")
 
 
 def picture(doc_lens: Sequence[int], width: int = 96) -> str:
-    """A packed sequence as a line of text, a letter a document: "aaabbbcc". The shortest do not show."""
+    """A packed sequence as a line, a letter a document: "aaabbbcc". The shortest do not show."""
     ends = np.cumsum(doc_lens)
     columns = (np.arange(width) + 0.5) * ends[-1] / width
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
     return "".join(letters[np.searchsorted(ends, columns, side="right") % 26])
 
 
-def draw_packed(folder: Path, seq_len: int, first: Sequence[Sequence[int]], lens: np.ndarray) -> Path | None:
+def draw_packed(folder: Path, seq_len: int, first: Sequence[Sequence[int]],
+                lens: np.ndarray) -> Path | None:
     """Draw packed sequences and the histogram of document lengths into `folder`/documents.png.
 
-    `first` holds the document lengths of the first sequences (16 fit well), `lens` those of all documents.
+    `first` holds the document lengths of the first sequences (16 fit well), `lens` those of all.
     """
     try:
         from matplotlib.figure import Figure
@@ -233,7 +193,8 @@ def draw_packed(folder: Path, seq_len: int, first: Sequence[Sequence[int]], lens
     for i, doc_lens in enumerate(first):
         starts = np.cumsum(doc_lens) - np.array(doc_lens)
         spans = list(zip(starts.tolist(), doc_lens, strict=True))
-        rows.broken_barh(spans, (i - 0.4, 0.8), facecolors=[f"C{k % 10}" for k in range(len(spans))])
+        colors = [f"C{k % 10}" for k in range(len(spans))]
+        rows.broken_barh(spans, (i - 0.4, 0.8), facecolors=colors)
     rows.set(xlim=(0, seq_len), xlabel="token", ylabel="sequence",
              title=f"{folder.name}: a color a document")
     rows.set_yticks(range(len(first)))
@@ -245,3 +206,24 @@ def draw_packed(folder: Path, seq_len: int, first: Sequence[Sequence[int]], lens
     path = folder / "documents.png"
     figure.savefig(path, dpi=110)
     return path
+
+
+# --- 3. Text as it is written ---------------------------------------------------------------------
+
+
+def print_tokens(tokenizer: Any, ids: Iterable[int], stop: int, n_prompt: int) -> None:
+    """Print the text of tokens as they come, but not `stop`; then to stderr how fast they came."""
+    letters = codecs.getincrementaldecoder("utf-8")("replace")  # a letter may take several tokens
+    times = [time.monotonic()]
+    for i in ids:
+        times.append(time.monotonic())
+        if i >= tokenizer.vocab_size:  # a model's table may have more rows than there are tokens
+            print("\ufffd", end="", flush=True)
+        elif i != stop:
+            piece = tokenizer.encoding.decode_single_token_bytes(i)
+            print(letters.decode(piece), end="", flush=True)
+    print(letters.decode(b"", final=True))
+    read_s, write_s, n = times[1] - times[0], times[-1] - times[1], len(times) - 1
+    speed = f", {(n - 1) / write_s:,.1f} tok/s after the first" if n > 1 else ""
+    print(f"{n_prompt:,} tokens read in {read_s:.2f} s, {n_prompt / read_s:,.0f} tok/s; "
+          f"{n:,} written{speed}", file=sys.stderr)

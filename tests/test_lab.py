@@ -1,4 +1,5 @@
-"""The lab: commands that the five files accept, verdicts that follow from numbers, results that repeat."""
+"""The lab: commands that the five files accept, verdicts that follow from numbers, results that
+repeat."""
 
 import json
 import math
@@ -17,19 +18,20 @@ sys.path.insert(0, str(ROOT / "experiments"))
 import lab  # noqa: E402
 import neighbours  # noqa: E402
 import run  # noqa: E402
+import synthetic  # noqa: E402
 import tasks  # noqa: E402
 from findings_context import without_masks  # noqa: E402
 from findings_data import language_reference, prose_haystack  # noqa: E402
 
 import eval as evaluation  # noqa: E402
 import sft  # noqa: E402
-from data import (
+from data import (  # noqa: E402
     PackedDataset,
     PackedSequence,
     PackReport,
     format_length,
     load_tokenizer,
-    make_batch,  # noqa: E402
+    make_batch,
     pack_builtin,
     parse_cli,
     parse_length,
@@ -50,31 +52,30 @@ def arms_of(finding):
             arm = arm.start
 
 
-def test_list_names_every_finding(capsys):
-    run.main(["--list"])
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(run.FINDINGS) and len(lines) >= 8
-    for finding, line in zip(FINDINGS, lines, strict=True):
-        assert finding.claim in line and finding.source in line
-
-
 @pytest.mark.parametrize("finding", FINDINGS, ids=lambda finding: finding.name)
 def test_every_command_is_one_that_the_five_files_take(finding):
     """Unknown options, stages and tasks would fail here, not after an hour."""
     for arm in arms_of(finding):
         if not arm.command:
             continue
-        program, *options = lab.command_of(arm, 1, Path("runs/start"), Path("runs/x"), quick=False)
+        place = Path("runs/start"), Path("runs/x")
+        program, *options = lab.command_of(arm, 1, *place, quick=False)
+        if arm.before:
+            before = arm.before.format(folder="runs/x").split()
+            assert before[0] == "experiments/synthetic.py" and before[-1] in " ".join(options)
+            parse_cli(synthetic.SyntheticConfig, None, before[1:])
         if program == "experiments/neighbours.py":  # which hands on all but its own
             args, options = neighbours.parse(options)
             program = f"{args.command}.py"
         kind = {"train.py": TrainConfig, "sft.py": sft.SftConfig}[program]
         config = parse_cli(kind, None, options)
-        assert (config.seed, config.steps, config.init) == (1, arm.steps, "runs/start") and not config.eval
+        assert (config.seed, config.steps, config.init) == (1, arm.steps, "runs/start")
+        assert not config.eval
         if kind is TrainConfig:
             stage, = choose_stages(config, head_dim=16)
             assert stage.steps == arm.steps > 0 and stage.batch_tokens % stage.seq_len == 0
-            assert arm.every == 0 or arm.steps % arm.every == 0  # so that the end is one of the checkpoints
+            # so that the end is one of the checkpoints
+            assert arm.every == 0 or arm.steps % arm.every == 0
     program, *options = lab.evaluation_of(finding, 1, quick=False)
     config = parse_cli(evaluation.EvalConfig, None, options)
     known = evaluation.TASKS | (tasks.MORE_TASKS if program == "experiments/tasks.py" else {})
@@ -82,23 +83,26 @@ def test_every_command_is_one_that_the_five_files_take(finding):
 
 
 def made_up(finding):
-    """A result as if it had been run: every metric that the finding's tasks give, in three seeds."""
+    """A result as if it had been run: every metric of the finding's tasks, in three seeds."""
     rng = np.random.default_rng(0)
     config = parse_cli(evaluation.EvalConfig, None, lab.evaluation_of(finding, 0, False)[1:])
     known = evaluation.TASKS | tasks.MORE_TASKS
     metrics = ["bits/byte short", "bits/byte last 1/4"]
     for task in config.tasks.split(","):
-        lengths = [known[task].only_length] if known[task].only_length else config.lengths.split(",")
+        only = known[task].only_length
+        lengths = [only] if only else config.lengths.split(",")
         metrics += [f"{task}@{format_length(parse_length(length))}" for length in lengths]
     if finding.compute:
-        points = {str(seed): finding.compute(seed, True) for seed in range(3)}
-        return {label: {"points": {seed: points[seed][label] for seed in points}} for label in points["0"]}
-    steps = {label: range(0, arm.steps + 1, arm.every or 1) if finding.along else [arm.steps]
-             for label, arm in finding.arms.items()}
-    return {label: {"points": {str(seed): [{"step": step} | dict(zip(metrics, rng.random(len(metrics)),
-                                                                     strict=True))
-                                           for step in steps[label]] for seed in range(3)}}
-            for label in finding.arms}
+        return lab.compute_arms(finding, range(3), lab.Lab(quick=True), "")
+    arms = {}
+    for label, arm in finding.arms.items():
+        steps = range(0, arm.steps + 1, arm.every or 1) if finding.along else [arm.steps]
+        arms[label] = {"points": {}}
+        for seed in range(3):
+            arms[label]["points"][str(seed)] = [
+                {"step": step} | dict(zip(metrics, rng.random(len(metrics)), strict=True))
+                for step in steps]
+    return arms
 
 
 @pytest.mark.parametrize("finding", FINDINGS, ids=lambda finding: finding.name)
@@ -106,34 +110,35 @@ def test_every_finding_judges_and_draws_what_it_measures(finding, tmp_path):
     """Contrasts and pictures name only arms and metrics that are there."""
     arms = made_up(finding)
     contrasts = lab.judge(finding, arms, [0, 1, 2])
-    result = {"finding": finding.name, "title": finding.title, "source": finding.source, "seeds": [0, 1, 2],
-              "claim": finding.claim, "command": "run.py", "commit": "abc", "date": "2026-11-22",
-              "arms": arms, "contrasts": contrasts}
+    result = {"finding": finding.name, "title": finding.title, "source": finding.source,
+              "seeds": [0, 1, 2], "claim": finding.claim, "command": "run.py", "commit": "abc",
+              "date": "2026-11-22", "arms": arms, "contrasts": contrasts}
     assert all(math.isfinite(x) for row in contrasts for x in row["differences"]) and contrasts
-    text = lab.format_result(finding, result)
-    assert all(label in text for label in arms) and all(row["contrast"] in text for row in contrasts)
+    text = lab.markdown_section(finding, result)
+    assert all(label in text for label in arms)
+    assert all(row["contrast"] in text for row in contrasts)
     assert all(metric in text for metric in finding.shown)
     assert contrasts[0]["contrast"] in lab.markdown_table([result])
-    assert all(row["contrast"] in lab.markdown_section(finding, result) for row in contrasts)
     if lab.draw(finding, result, tmp_path / "figure.png"):
         assert (tmp_path / "figure.png").stat().st_size > 5000
 
 
 def test_the_tables_in_the_documents_are_what_the_results_say(capsys):
-    """README's table and docs/FINDINGS.md, word by word, from docs/figures/lab; all with three seeds."""
+    """docs/FINDINGS.md, word by word, from docs/figures/lab; all with three seeds."""
     run.main(["--table"])
-    assert capsys.readouterr().out.strip() in (ROOT / "README.md").read_text()
+    assert capsys.readouterr().out.strip() in (ROOT / "docs" / "FINDINGS.md").read_text()
     run.main(["--page"])
     assert capsys.readouterr().out.strip() == (ROOT / "docs" / "FINDINGS.md").read_text().strip()
-    results = [json.loads(path.read_text()) for path in (ROOT / "docs" / "figures" / "lab").glob("*.json")]
+    folder = ROOT / "docs" / "figures" / "lab"
+    results = [json.loads(path.read_text()) for path in folder.glob("*.json")]
     assert len(results) >= 8 and all(len(r["seeds"]) >= 3 and not r["quick"] for r in results)
     assert {r["finding"] for r in results} <= run.FINDINGS.keys()
 
 
 def test_verdicts_follow_from_paired_differences():
-    """Student's interval for 1, 2, 3: 2 +- 4.303 / sqrt(3). All on one side of 0 is a verdict, else none."""
-    mean, low, high = lab.mean_interval([1.0, 2.0, 3.0])
-    assert (mean, low, high) == (2.0, pytest.approx(2 - 4.303 / 3**0.5), pytest.approx(2 + 4.303 / 3**0.5))
+    """Student's interval for 1, 2, 3 is 2 +- 4.303 / sqrt(3); all on one side of 0 is a verdict."""
+    half = 4.303 / 3**0.5
+    assert lab.mean_interval([1.0, 2.0, 3.0]) == pytest.approx((2, 2 - half, 2 + half))
     assert lab.verdict([0.50, 0.52, 0.49]) == "agree"
     assert lab.verdict([-0.50, -0.52, -0.49]) == "disagree"
     assert lab.verdict([0.50, -0.02, 0.49]) == "not told apart"
@@ -150,7 +155,7 @@ def test_verdicts_follow_from_paired_differences():
 
 
 def test_without_masks_keeps_tokens_and_labels(tmp_path):
-    """Only who sees whom changes: a label that was none, at a document's end or by its mask, stays none."""
+    """Only who sees whom changes: what was no label stays none."""
     rng = np.random.default_rng(0)
     ids = rng.integers(256, size=(3, 64)).astype(np.uint32)
     masks = [None, rng.random(64) < 0.5, None]
@@ -177,22 +182,8 @@ def test_more_tasks_fill_their_length_and_are_answered_by_their_context(name):
                 assert total == length
 
 
-def test_chat_tasks_ask_what_training_answers():
-    """A held-out conversation up to its first answer, whose key and value stand in the context."""
-    for name in ("chat_value", "chat_label"):
-        for example in tasks.MORE_TASKS[name].examples(TOKENIZER, 1024, 20, 1, 0):
-            question, = example.questions
-            whole = np.concatenate((example.context_ids, question.prompt_ids))
-            assert TOKENIZER.decode(whole).endswith("<|start_header_id|>assistant<|end_header_id|>\n\n")
-            mark = "<|ask|>" if name == "chat_value" else "<|pair|>"
-            assert len(evaluation.encode(TOKENIZER, question.answers[0])) == example.budget
-            assert question.answers[0].startswith(mark)
-            pair = question.answers[0].removeprefix(mark)
-            assert name == "chat_label" or f"<|pair|>{pair}" in TOKENIZER.decode(whole)
-
-
 def test_prose_takes_the_place_of_code_alone(tmp_path):
-    """Pairs, questions, masks and lengths stay; every byte is from the language reference, in one piece."""
+    """Pairs, questions, masks and lengths stay; all bytes are one piece of prose."""
     report = PackReport()
     packed = islice(pack_builtin("recall-8k", TOKENIZER, 8192, 0, report), 4)
     write_packed(tmp_path / "x", packed, TOKENIZER, 8192, "recall-8k", 0, report)
@@ -200,10 +191,12 @@ def test_prose_takes_the_place_of_code_alone(tmp_path):
     for share, changed in ((1.0, [0, 1, 2, 3]), (0.5, [1, 3])):
         for i, after in enumerate(prose_haystack(before, 0, share)):
             same = before[i].input_ids >= 256
-            assert (after.input_ids >= 256).tolist() == same.tolist() and after.doc_lens == before[i].doc_lens
+            assert (after.input_ids >= 256).tolist() == same.tolist()
+            assert after.doc_lens == before[i].doc_lens
             assert (after.input_ids[same] == before[i].input_ids[same]).all()
             assert (after.loss_mask == before[i].loss_mask).all()
-            assert (bytes(after.input_ids[~same].tolist()).decode(errors="ignore") in text) == (i in changed)
+            found = bytes(after.input_ids[~same].tolist()).decode(errors="ignore")
+            assert (found in text) == (i in changed)
 
 
 def small_start(folder, seed=0):
@@ -219,9 +212,9 @@ def test_an_arm_is_known_by_all_that_it_depends_on(tmp_path):
     arm = lab.Arm("train.py --stage long", 4)
     key = lab.key_of(arm, 0, place)
     assert lab.key_of(lab.Arm("train.py --stage long", 4), 0, place) == key
-    others = [replace(arm, steps=5), replace(arm, command="train.py --stage ultra"), replace(arm, every=2),
-              replace(arm, config={}), replace(arm, transform=without_masks), replace(arm, start=arm)]
-    keys = [lab.key_of(other, 0, place) for other in others] + [key]
+    changes = [{"steps": 5}, {"command": "train.py --stage ultra"}, {"every": 2}, {"config": {}},
+               {"transform": without_masks}, {"start": arm}, {"before": "experiments/bench.py"}]
+    keys = [lab.key_of(replace(arm, **change), 0, place) for change in changes] + [key]
     keys.append(lab.key_of(arm, 0, replace(place, quick=True)))
     small_start(tmp_path / "other", seed=1)
     keys.append(lab.key_of(arm, 0, replace(place, starts=tmp_path / "other")))
@@ -234,10 +227,10 @@ def test_an_arm_is_known_by_all_that_it_depends_on(tmp_path):
 
 
 def test_a_finding_runs_and_repeats_to_the_last_digit(tmp_path, monkeypatch, capsys):
-    """Two arms, one stretched and one trained on rewritten packs, twice: equal results but for the clock."""
+    """Two arms, one stretched and one trained on rewritten packs, give the same results twice."""
     arms = {"stretched": lab.Arm(config={"rope_theta": 5e4}),
-            "trained": lab.Arm("train.py --stage long --seq 512 --batch-tokens 1k --mix recall_bare-256=1", 9,
-                               transform=without_masks, every=3)}
+            "trained": lab.Arm("train.py --stage long --seq 512 --batch-tokens 1k "
+                               "--mix recall_bare-256=1", 9, transform=without_masks, every=3)}
     finding = lab.Finding("small", "Small", "Table 0", "trained is better", arms,
                           {"better": lambda a: a["trained"][-1]["recall_bare@160"]
                            - a["stretched"][-1]["recall_bare@160"]},
@@ -248,7 +241,7 @@ def test_a_finding_runs_and_repeats_to_the_last_digit(tmp_path, monkeypatch, cap
     for name in ("a", "b"):
         options = ["--seeds", "0", "--quick", "--jobs", "2", "--starts", str(starts)]
         run.main(["small", *options, "--lab", str(tmp_path / name)])
-        assert "better: " in capsys.readouterr().out
+        assert "| better | " in capsys.readouterr().out
         result = json.loads((tmp_path / name / "quick" / "small.json").read_text())
         result.pop("date")
         for arm in result["arms"].values():
@@ -257,7 +250,7 @@ def test_a_finding_runs_and_repeats_to_the_last_digit(tmp_path, monkeypatch, cap
         results.append(result)
     assert results[0] == results[1]
     made = results[0]["arms"]["trained"]
-    assert [point["step"] for point in made["points"]["0"]] == [2]  # quick: two steps, and only the end
+    assert [point["step"] for point in made["points"]["0"]] == [2]  # --quick: two steps
     assert [shlex.split(command)[2] for command in made["commands"]] == ["train.py", "eval.py"]
     packed = PackedDataset(next(tmp_path.glob("a/*/packs/recall_bare-256")))
     assert len(packed) == packed.meta["documents"] == 5  # one document a sequence
@@ -265,20 +258,11 @@ def test_a_finding_runs_and_repeats_to_the_last_digit(tmp_path, monkeypatch, cap
     assert "| one seed |" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_a_finding_runs_from_nothing(tmp_path, capsys):
-    """About two minutes: the starts are trained (two steps a stage), then every arm along its training."""
-    run.main(["short-dips", "--seeds", "0", "--quick", "--lab", str(tmp_path)])
-    result = json.loads((tmp_path / "quick" / "short-dips.json").read_text())
-    assert [point["step"] for point in result["arms"]["2K -> 8K"]["points"]["0"]] == [0, 1, 2]
-    assert len(list((tmp_path / "quick-starts" / "0" / "checkpoints").iterdir())) == 2
-    assert "one seed" in capsys.readouterr().out
-
-
 def test_a_program_that_fails_says_why(tmp_path):
-    finding = replace(run.FINDINGS["rope-base"], arms={"x": lab.Arm("train.py --stage nonsense", 1)})
+    arms = {"x": lab.Arm("train.py --stage nonsense", 1)}
+    finding = replace(run.FINDINGS["rope-base"], arms=arms)
     place = lab.Lab(tmp_path, small_start(tmp_path / "starts"))
-    with pytest.raises(RuntimeError, match=r"(?s)train.py --stage nonsense.*has no stage 'nonsense'"):
+    with pytest.raises(RuntimeError, match="(?s)train.py --stage nonsense.*'nonsense' is unknown"):
         lab.run_finding(finding, [0], place, "")
 
 

@@ -2,7 +2,7 @@
 
     attention     the fast backend = the written-out mask = every document alone, gradients too
     Transformer   a pack = its documents one by one, and the pack's gradient = the sum of theirs
-    RoPE          every way of stretching = its formula = Hugging Face's; only distance matters
+    RoPE          every way of stretching = Hugging Face's; only distance matters
     loss          in chunks = all logits at once; masked tokens add exactly nothing
     layout        positions, cu_seqlens and "does a document cross a rank" = counting by hand
     presets       parameters and FLOPs = the published numbers
@@ -16,7 +16,6 @@ import math
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -130,81 +129,19 @@ def test_backends_agree_in_float32():
     check_backends_agree((5, 1, 33, 5, 2, 7), 8, 2, torch.float32, SINGLE)
 
 
-@pytest.mark.parametrize("has_amx", [True, False], ids=["with AMX", "without"])
-@pytest.mark.parametrize("head_dim", [16, 32, 128])
-def test_bfloat16_attention_is_as_good_as_its_rounding(head_dim, has_amx, monkeypatch):
-    """Against float64 on the same inputs: values within 2^-8 of their norm, gradients within 2^-7 (2^-9 and
-    6e-3 seen; a whole model's gradient is off by 1.7e-2, for all that it rounds). High scores, a scale of
-    1/sqrt(D) that bfloat16 can't hold, and values that are not 0 on average: each has its own rounding."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
-    monkeypatch.setattr(m, "_tiled_backward", calls := Mock(side_effect=m._tiled_backward))
+def test_bfloat16_attention_is_as_good_as_its_rounding():
+    """Against float64 on the same inputs: values within 2^-8 of their norm, gradients within 2^-6."""
     doc_lens, generator = (70, 1, 200, 70), torch.Generator().manual_seed(0)
-    q, k, v, direction = (torch.randn(sum(doc_lens), h, head_dim, generator=generator) for h in (8, 2, 2, 8))
-    q, k, v, direction = (x.bfloat16() for x in (4 * q, k, v + 0.5, direction + 0.5))
+    q, k, v, direction = (torch.randn(sum(doc_lens), h, 16, generator=generator).bfloat16()
+                          for h in (8, 2, 2, 8))
     results = []
     for backend, dtype in (("auto", torch.bfloat16), ("reference", torch.float64)):
         inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
         out = m.document_attention(*inputs, boundaries(doc_lens), max(doc_lens), backend)
         results.append([out.detach(), *torch.autograd.grad(out, inputs, direction.to(dtype))])
-    for found, expected, bound in zip(*results, (2**-8, 2**-7, 2**-7, 2**-7), strict=True):
+    for found, expected, bound in zip(*results, (2**-8, 2**-6, 2**-6, 2**-6), strict=True):
         assert found.dtype == torch.bfloat16
         assert (found.double() - expected).norm() < bound * expected.norm()
-    assert calls.call_count == 1 and calls.call_args.args[0].dtype == (
-        torch.bfloat16 if has_amx else torch.float32)
-
-
-def attention_by_hand(doc_lens, n_heads, n_kv_heads, scale):
-    """q, k, v, a direction for the output, the output, each query's log-sum-exp, and the three gradients."""
-    generator, T = torch.Generator().manual_seed(0), sum(doc_lens)
-    q, k, v, direction = (torch.randn(T, h, 16, generator=generator, dtype=torch.float64)
-                          for h in (n_heads, n_kv_heads, n_kv_heads, n_heads))
-    inputs = [(q * scale).requires_grad_(), k.requires_grad_(), v.requires_grad_()]
-    out = m.attention_reference(*inputs, boundaries(doc_lens), max(doc_lens))
-    gradients = list(torch.autograd.grad(out, inputs, direction))
-    scores = torch.einsum("qhd,khd->qhk", inputs[0], k.repeat_interleave(n_heads // n_kv_heads, dim=1)) / 4
-    allowed = torch.block_diag(*(torch.ones(n, n).tril() for n in doc_lens)) > 0  # (T, T)
-    lse = scores.masked_fill(~allowed[:, None], -math.inf).logsumexp(-1, keepdim=True)  # (T, H, 1)
-    return *(x.detach() for x in inputs), direction, out.detach(), lse.detach(), gradients
-
-
-@pytest.mark.parametrize("tile_weights", [1, 2**21], ids=["pair by pair", "many pairs at once"])
-@pytest.mark.parametrize("doc_lens", [
-    (3,),
-    (5, 0, 3),             # less than a tile; a document without tokens
-    (70, 1, 200, 70, 30),  # tiles of 64: within documents and across them
-    (600, 3),              # tiles of 128, the last one not full
-    (256, 256),            # documents of whole tiles
-], ids=str)
-def test_tiled_backward_is_the_gradient(doc_lens, tile_weights, monkeypatch):
-    """Exact in float64, with GQA: what runs in bfloat16 on a CPU is the gradient of attention_reference."""
-    monkeypatch.setattr(m, "TILE_WEIGHTS", tile_weights)
-    cu_seqlens, T = boundaries(doc_lens), sum(doc_lens)
-    q, k, v, direction, out, lse, expected = attention_by_hand(doc_lens, 4, 2, scale=1.0)
-    monkeypatch.setattr(torch, "baddbmm", scores := Mock(side_effect=torch.baddbmm))
-    found = m._tiled_backward(direction, q, k, v, out, lse, cu_seqlens)
-    sizes = [call.args[0].numel() for call in scores.call_args_list]
-    one_pair = 4 * scores.call_args.args[0].shape[-1] ** 2  # H * tile * tile
-    assert max(sizes) <= max(tile_weights, one_pair)
-    assert tile_weights == 1 or len(sizes) <= 2  # pairs that need a mask, and others
-    assert [x.shape for x in found] == [(T, 4, 16), (T, 2, 16), (T, 2, 16)]
-    torch.testing.assert_close(list(found), expected, **EXACT)
-
-
-def test_tile_pairs_are_those_of_the_picture():
-    """Documents of 5 and 3 tokens, tiles of 2: only (2 3) sees all of (0 1); (6 7) sees no other document."""
-    start, i, j, partly = m._tile_pairs(boundaries((5, 3)), 2)
-    assert start.tolist() == [[0, 0], [0, 0], [0, 5], [5, 5]]
-    assert (i.tolist(), j.tolist()) == ([0, 1, 1, 2, 2, 2, 3, 3], [0, 0, 1, 0, 1, 2, 2, 3])
-    assert [pair for pair in range(8) if not partly[pair]] == [1]
-
-
-def test_tiled_backward_hides_what_would_overflow():
-    """A score that nobody may see can be so high that its weight is infinite; no gradient is."""
-    q, k, v, direction, out, lse, expected = attention_by_hand((40, 24), 2, 2, scale=400.0)
-    scores = torch.einsum("qhd,khd->hqk", q, k) / 4 - lse.permute(1, 0, 2)
-    assert scores.max() > 710  # exp(710) is infinite in float64
-    found = m._tiled_backward(direction, q, k, v, out, lse, boundaries((40, 24)))
-    torch.testing.assert_close(list(found), expected, **EXACT)
 
 
 @property_test
@@ -229,7 +166,7 @@ def test_no_gradient_crosses_a_boundary_or_the_future(backend):
 def test_backend_choice():
     """An unknown backend is refused with the choices; auto is varlen only on CUDA in 16 bit."""
     q = torch.zeros(2, 2, 4)
-    with pytest.raises(ValueError, match=r"'flash' is unknown.*auto.*varlen, sdpa, reference"):
+    with pytest.raises(ValueError, match=r"'flash' is unknown.*varlen, sdpa, reference"):
         m.document_attention(q, q, q, boundaries((2,)), 2, "flash")
     assert m.backend_for(torch.device("cpu"), torch.bfloat16)[0] == "sdpa"
     assert m.backend_for(torch.device("cuda"), torch.float32)[0] == "sdpa"
@@ -291,33 +228,6 @@ def test_nothing_to_train_on():
     assert all(gradient is not None and torch.all(gradient == 0) for gradient in gradients.values())
 
 
-def test_set_rope_is_a_new_config_with_the_old_weights():
-    """Moving to another theta gives the logits of a model that was built with it."""
-    model, ids = random_model(), random_ids(50)
-    before = model.logits(ids, (50,))
-    built = Transformer(replace(model.config, rope_theta=8e6, max_seq_len=512)).to(torch.float64)
-    built.load_state_dict(model.state_dict())
-    model.set_rope(8e6, 512)
-    assert model.config == built.config
-    assert torch.equal(model.logits(ids, (50,)), built.logits(ids, (50,)))
-    assert (model.logits(ids, (50,)) - before).abs().max() > 0.1
-
-
-@pytest.mark.parametrize("changes, complaint", [
-    ({"n_kv_heads": 3}, "n_heads=4 is not divisible by n_kv_heads=3"),
-    ({"head_dim": 15}, "head_dim=15 is odd"),
-    ({"vocab_size": 0}, "vocab_size=0 must be a positive integer"),
-    ({"dim": 32.0}, "dim=32.0 must be a positive integer"),
-    ({"rope_theta": 1.0}, "rope_theta=1.0 must be greater than 1"),
-    ({"rope_theta": math.inf}, "rope_theta=inf must be greater than 1"),
-    ({"rope_theta": "1e4"}, "rope_theta='1e4' must be greater than 1"),
-])
-def test_impossible_shapes_are_refused(changes, complaint):
-    """The message names the field and its value."""
-    with pytest.raises(ValueError, match=complaint):
-        tiny_config(**changes)
-
-
 @pytest.mark.parametrize("tie", [False, True])
 def test_init_weights_depends_on_the_seed_alone(tie):
     """The same seed gives the same bits, another seed other ones, and the global generator none."""
@@ -346,33 +256,6 @@ def turns(i, theta, head_dim, original):
     return original * theta ** (-2 * i / head_dim) / (2 * math.pi)
 
 
-def expected_frequency(i, theta, head_dim, scaling):
-    """Radians per token of dimension pair i, each case written as in its source."""
-    plain = theta ** (-2 * i / head_dim)
-    kind, factor = scaling.get("rope_type", "default"), scaling.get("factor")
-    if kind == "default":
-        return plain
-    if kind == "linear":  # 2306.15595: positions are divided
-        return plain / factor
-    original = scaling["original_max_position_embeddings"]
-    if kind == "llama3":  # the released code: three bands of wavelength
-        wavelength = 2 * math.pi / plain
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        if wavelength < original / high:
-            return plain
-        if wavelength > original / low:
-            return plain / factor
-        smooth = (original / wavelength - low) / (high - low)
-        return (1 - smooth) * plain / factor + smooth * plain
-    # 2309.00071, the released code: whole dimensions, from the last one with beta_fast turns ...
-    fast, slow = scaling.get("beta_fast", 32), scaling.get("beta_slow", 1)
-    first = max((j for j in range(head_dim) if turns(j, theta, head_dim, original) >= fast), default=0)
-    # ... to the first one with no more than beta_slow
-    last = min(j for j in range(4 * head_dim) if turns(j, theta, head_dim, original) <= slow)
-    ramp = min(max((i - first) / (min(last, head_dim - 1) - first), 0), 1)
-    return plain / factor * ramp + plain * (1 - ramp)
-
-
 LONG_LLAMA3 = {**LLAMA3, "factor": 32.0, "original_max_position_embeddings": 8192}  # Llama-3.2's own
 LONG_YARN = {**YARN, "factor": 16.0, "original_max_position_embeddings": 4096}
 ROPE_CASES = [(theta, head_dim, scaling) for theta, head_dim in ((1e4, 16), (5e5, 64), (8e6, 128))
@@ -380,28 +263,13 @@ ROPE_CASES = [(theta, head_dim, scaling) for theta, head_dim in ((1e4, 16), (5e5
                               {**LONG_YARN, "beta_fast": 16, "beta_slow": 2})]
 
 
-@pytest.mark.parametrize("theta, head_dim, scaling", ROPE_CASES, ids=str)
-def test_frequencies_equal_their_formulas(theta, head_dim, scaling):
-    """Each of the four ways to stretch RoPE, dimension by dimension, to float64 rounding."""
-    config = tiny_config(rope_theta=theta, head_dim=head_dim, rope_scaling=scaling or None)
-    found, factor = m.rope_frequencies(config)
-    expected = [expected_frequency(i, theta, head_dim, scaling) for i in range(head_dim // 2)]
-    assert found.dtype == torch.float64
-    assert found.tolist() == pytest.approx(expected, rel=1e-12)
-    yarn = scaling.get("rope_type") == "yarn"
-    assert factor == pytest.approx(0.1 * math.log(scaling["factor"]) + 1 if yarn else 1, rel=1e-15)
-
-
-def test_older_names_and_given_numbers():
-    """`type` is an older name of `rope_type`; a written attention_factor replaces YaRN's; None is absent."""
-    def both(scaling):
-        frequencies, factor = m.rope_frequencies(tiny_config(rope_scaling=scaling, max_seq_len=32))
-        return frequencies.tolist(), factor
-
-    assert both({"type": "linear", "factor": 4}) == both(LINEAR)
-    assert both({"rope_type": "yarn", "factor": 4}) == both(YARN)  # the original length: max_seq_len
-    assert both({**YARN, "attention_factor": None, "beta_fast": None}) == both(YARN)
-    assert both({**YARN, "attention_factor": 1.5})[1] == 1.5
+def test_given_numbers_replace_yarns():
+    """A written attention_factor or beta counts; one of null is as good as none."""
+    plain, factor = m.rope_frequencies(tiny_config(rope_scaling=YARN))
+    nulls = m.rope_frequencies(tiny_config(rope_scaling={**YARN, "attention_factor": None, "beta_fast": None}))
+    assert torch.equal(nulls[0], plain) and nulls[1] == factor
+    assert m.rope_frequencies(tiny_config(rope_scaling={**YARN, "attention_factor": 1.5}))[1] == 1.5
+    assert not torch.equal(m.rope_frequencies(tiny_config(rope_scaling={**YARN, "beta_slow": 0.1}))[0], plain)
 
 
 @pytest.mark.parametrize("theta, head_dim, scaling", [
@@ -437,28 +305,6 @@ def test_ntk_rope_theta_gives_the_papers_numbers():
     assert turns(63, theta, 128, 65_536) == pytest.approx(turns(63, 5e5, 128, 8192), rel=1e-12)
 
 
-@pytest.mark.parametrize("scaling, complaint", [
-    ({"rope_type": "dynamic", "factor": 2.0}, "'dynamic' is not supported.*linear, llama3 or yarn"),
-    ({"rope_type": "linear"}, "needs a number for 'factor', got None"),
-    ({"rope_type": "linear", "factor": "4"}, "needs a number for 'factor', got '4'"),
-    ({"rope_type": "linear", "factor": True}, "needs a number for 'factor', got True"),
-    ({"rope_type": "linear", "factor": math.nan}, "needs a number for 'factor', got nan"),
-    ({"rope_type": "linear", "factor": 0.5}, "'factor' is 0.5, the least allowed is 1"),
-    ({**LLAMA3, "low_freq_factor": None}, "needs a number for 'low_freq_factor'"),
-    ({**LLAMA3, "high_freq_factor": 1.0}, "high_freq_factor=1.0 must be above low_freq_factor=1.0"),
-    ({**YARN, "original_max_position_embeddings": 0}, "'original_max_position_embeddings' is 0"),
-    ({**YARN, "attention_factor": "big"}, "needs a number for 'attention_factor'"),
-    ({**YARN, "beta_fast": 0}, "beta_fast=0.0 must be above beta_slow=1.0"),
-    ({**YARN, "beta_fast": 1, "beta_slow": 32}, "beta_fast=1.0 must be above beta_slow=32.0"),
-    ({**YARN, "mscale": 0.7}, "an entry 'mscale', which is not one of attention_factor, beta_fast"),
-    ("linear", "rope_scaling='linear' must be an object"),
-])
-def test_bad_scaling_is_refused_with_the_config(scaling, complaint):
-    """A wrong entry fails when the config is made, naming what is wrong."""
-    with pytest.raises(ValueError, match=complaint):
-        tiny_config(rope_scaling=scaling)
-
-
 def test_apply_rope_is_a_complex_product():
     """Dimensions i and i + D/2 are the two parts of a number that is multiplied by e^(i angle)."""
     config = tiny_config(rope_scaling=YARN)
@@ -490,26 +336,13 @@ def test_only_the_distance_counts(scaling):
     assert abs(product(5000, 0) - product(0, 0)) > 0.1
 
 
-def test_a_bfloat16_model_has_float32_angles():
-    """At position 15,962 the cosine of the fastest pair is -0.908; bfloat16 would round to -0.268."""
-    assert math.cos(float(torch.tensor(15_962.0).bfloat16())) == pytest.approx(-0.268, abs=1e-3)
-    frequencies, _ = m.rope_frequencies(tiny_config(rope_theta=5e5))
-    cos, sin = m.rope_cos_sin(tiny_config(rope_theta=5e5), torch.tensor([15_962]), torch.bfloat16)
-    assert cos.dtype == sin.dtype == torch.float32
-    assert float(cos[0, 0, 0]) == pytest.approx(-0.908, abs=1e-3)
-    for i, frequency in enumerate(frequencies.tolist()):
-        angle = 15_962 * frequency  # computed in float64, so only the result is rounded
-        assert float(cos[0, 0, i]) == pytest.approx(math.cos(angle), abs=1e-7)
-        assert float(sin[0, 0, i]) == pytest.approx(math.sin(angle), abs=1e-7)
-
-
 def test_a_bfloat16_model_knows_far_positions():
     """Moved 15,962 tokens on, a bfloat16 model sees the same text; with bfloat16 positions it does not."""
     model, ids = random_model(torch.bfloat16), random_ids(40)
 
     def hidden(positions):
-        return model.run_layers(ids, positions, [(40, lambda layer, q, k, v: m.document_attention(
-            q, k, v, boundaries((40,)), 40))]).float()
+        return model.run_layers(ids, positions, lambda layer, q, k, v: m.document_attention(
+            q, k, v, boundaries((40,)), 40)).float()
 
     positions = torch.arange(40)
     far = hidden(positions + 15_962)
@@ -611,12 +444,6 @@ def test_wrong_doc_lens_are_refused(doc_lens):
         m.layout_pack(doc_lens, 8, torch.device("cpu"))
 
 
-def test_doc_lens_are_of_the_whole_sequence():
-    """A rank that passes only its own documents is told so."""
-    with pytest.raises(ValueError, match=r"adds up to 8.*2 x 8 tokens"):
-        m.layout_pack((3, 5), 8, torch.device("cpu"), rank_of(2, 0))
-
-
 # --- 7. Presets --------------------------------------------------------------------------------------
 
 
@@ -631,12 +458,6 @@ def test_presets_have_the_published_number_of_parameters(name, parameters):
     with torch.device("meta"):
         model = Transformer(m.preset_config(name, vocab_size=1000))
     assert sum(weight.numel() for weight in model.parameters()) == parameters
-
-
-def test_the_tiny_preset_takes_the_tokenizers_vocabulary():
-    """And its 8 query and 4 KV heads of 16 are what the 8-rank command needs."""
-    config = m.preset_config("tiny", vocab_size=261)
-    assert (config.vocab_size, config.n_heads, config.n_kv_heads, config.head_dim) == (261, 8, 4, 16)
 
 
 def test_wrong_presets_are_refused():

@@ -1,10 +1,11 @@
-"""Tests of experiments/neighbours.py: a transform moves tokens, it makes or loses none that it doesn't name.
+"""Tests of experiments/neighbours.py: a transform moves tokens, it makes or loses none that it
+doesn't name.
 
     knots            untied by their names, the documents come back token for token; order is kept
-    decomposition    pieces are the document, sizes are powers of two, batches have one; short comes first
-    positions        one jump a document, none beyond the target; all else as it was
-    averages         the gradient of LongAlign's formula, written down naively, in float64
-    packs            train.py draws a pack in the order in which it was made
+    decomposition    pieces are the document, sizes are powers of two, batches have one; short comes
+    first positions        one jump a document, none beyond the target; all else as it was averages
+    the gradient of LongAlign's formula, written down naively, in float64 packs            train.py
+    draws a pack in the order in which it was made
 """
 
 import sys
@@ -25,6 +26,7 @@ import neighbours
 import data
 import model
 from data import Document, Mixture, PackedDataset, PackReport
+from support import toy
 
 TOKENIZER = data.load_tokenizer()
 HEAD, NAMES = TOKENIZER.special_id(neighbours.HEAD), TOKENIZER.special_id(neighbours.NAMES)
@@ -32,13 +34,16 @@ HEAD, NAMES = TOKENIZER.special_id(neighbours.HEAD), TOKENIZER.special_id(neighb
 
 def documents_of(rng, lengths):
     """Random bytes, every document with a random mask."""
-    return [Document(rng.integers(256, size=n).astype(np.uint32), rng.random(n) < 0.5) for n in lengths]
+    return [
+        Document(rng.integers(256, size=n).astype(np.uint32), rng.random(n) < 0.5) for n in lengths
+    ]
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(8, 60), min_size=1, max_size=5), st.integers(0, 2**32))
 def test_a_knot_holds_its_documents(lengths, seed):
-    """Every document's tokens stand in the knot in their order, with their masks; all else are names."""
+    """Every document's tokens stand in the knot in their order, with their masks; all else are
+    names."""
     rng = np.random.default_rng(seed)
     documents = documents_of(rng, lengths)
     for i, document in enumerate(documents):  # no letters; the last three bits say whose they are
@@ -64,7 +69,10 @@ def test_a_knot_names_its_chunks_in_order():
     heads = [i for i, token in enumerate(ids) if token == HEAD]
     names = [token for i in heads for token in ids[i + 1:i + 3]]
     assert len(heads) > 1 and ids[ids.index(NAMES) + 1:] == names
-    assert tied.loss_mask[ids.index(NAMES) + 1:].all() and not tied.loss_mask[[h + 1 for h in heads]].any()
+    assert (
+        tied.loss_mask[ids.index(NAMES) + 1 :].all()
+        and not tied.loss_mask[[h + 1 for h in heads]].any()
+    )
 
 
 def test_chunks_are_shuffled():
@@ -87,8 +95,9 @@ def test_knots_fill_the_length_and_hold_one_that_asks():
     for _ in range(20):
         tied = next(made)
         assert len(tied) == 256 and (tied.input_ids == 300).sum() == 10  # nothing of it is lost
-    sequence = neighbours.make_knots(TOKENIZER, 2048, 7, 0)[6]  # recall of 512 tokens, after 128s and 256s
-    questions = sequence.input_ids == data.QUESTION
+    # recall of 512 tokens, after 128s and 256s
+    sequence = neighbours.make_knots(TOKENIZER, 2048, 7, 0)[6]
+    questions = sequence.input_ids == toy.QUESTION
     assert questions.sum() == 16 and 4 * 16 <= sequence.loss_mask.sum() <= 4 * 16 + 2 * 4
     assert not sequence.loss_mask[questions].any()
 
@@ -107,7 +116,8 @@ def test_decomposed_pieces_are_the_document(n, k):
 
 def test_curriculum_goes_from_short_to_long():
     rng = np.random.default_rng(0)
-    lengths = [size for size in (4, 8, 16, 32, 64) for _ in range(3840 // size)]  # 60 sequences of each
+    # 60 sequences of each
+    lengths = [size for size in (4, 8, 16, 32, 64) for _ in range(3840 // size)]
     documents = documents_of(rng, rng.permutation([n + int(rng.integers(4)) for n in lengths]))
     order = neighbours.length_curriculum(documents, 64, 4, 2, np.random.default_rng(1))
     sizes = [s.doc_lens[0] for s in order]
@@ -152,11 +162,13 @@ def small_model():
 
 @pytest.mark.parametrize("what, groups", [("documents", (3, 5, 4, 12)), ("sequences", (12, 12))])
 def test_averages(what, groups):
-    """Loss and gradients are those of the formula: the mean, over groups with a label, of each one's mean."""
+    """Loss and gradients are those of the formula: the mean, over groups with a label, of each
+    one's mean."""
     torch.manual_seed(0)
     doc_lens = (3, 5, 4, 12)
     ids, labels = torch.randint(300, (24,)), torch.randint(300, (24,))
-    labels[:3] = labels[5:8] = labels[14:] = data.IGNORE_INDEX  # the first document has no label at all
+    # the first document has no label at all
+    labels[:3] = labels[5:8] = labels[14:] = data.IGNORE_INDEX
     net = small_model()
     loss_sum, valid = neighbours.average_by(what, 12)(net, ids, labels, doc_lens)
     (loss_sum / valid).backward()

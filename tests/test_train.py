@@ -6,6 +6,7 @@ Runs are whole runs: `train.train(config)` in this process, on one rank, in a te
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import eval as evaluation
 import model as model_module
 import train
 from experiments import tiny_seeds
+from support.run import read_state
 from train import RECIPES, Stage, TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -40,7 +42,7 @@ def leave_no_process_group():
 def three_stages(monkeypatch):
     """The tiny recipe at lengths that cost nothing: the curriculum, without the wait."""
     mix = {"recall_bare-256": 0.3, "icl-128": 0.3, "short": 0.4}
-    stages = [train._tiny(name, seq_len, theta, steps=4, batch_tokens=2048, mixture=mix)
+    stages = [Stage(name, seq_len, theta, mix, 4 * 2048, 2048, lr=3e-3, min_lr=3e-4)
               for name, seq_len, theta in (("base", 256, 1e4), ("long", 512, 8e4), ("ultra", 1024, 6.4e5))]
     monkeypatch.setitem(RECIPES, "tiny", stages)
 
@@ -58,7 +60,7 @@ def read_log(folder: Path) -> list[dict]:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint: weights and Adam's moments."""
-    return {f"{path.name}/{key}": value for path in sorted(folder.glob("*.safetensors"))
+    return {f"{path.name}/{key}": value for path in sorted(folder.rglob("*.safetensors"))
             for key, value in load_file(path).items()}
 
 
@@ -170,9 +172,7 @@ def test_resumed_is_uninterrupted(tmp_path, three_stages):
     stopped = run(tmp_path / "stopped", **options)
     for path in (stopped / "checkpoints").iterdir():  # as if it had died after long step 3
         if path.name not in ("base-2", "base-4", "long-2"):
-            for file in path.iterdir():
-                file.unlink()
-            path.rmdir()
+            shutil.rmtree(path)
     lines = (stopped / "log.jsonl").read_text().splitlines(keepends=True)
     (stopped / "log.jsonl").write_text("".join(lines[:7]) + lines[7][:20])  # the last line half written
     train.train(TrainConfig(resume=str(stopped)))
@@ -180,6 +180,27 @@ def test_resumed_is_uninterrupted(tmp_path, three_stages):
     for path in (whole / "checkpoints").iterdir():
         if path.name not in ("base-2", "base-4", "long-2"):
             assert_same(weights(path), weights(stopped / "checkpoints" / path.name))
+
+
+def test_an_evaluation_between_steps_leaves_no_trace(tmp_path):
+    """With --eval-every a run learns the same, and its checkpoints hold the same, to the bit."""
+    options = {"save_every": 2, "keep": 0}
+    plain = run(tmp_path / "plain", **options)
+    evaluated = run(tmp_path / "evaluated", eval_every=2, **options)
+    log = read_log(evaluated)
+    assert [row.pop("eval", None) is not None for row in log] == [False, True, False, True]
+    assert log == read_log(plain)
+    for name in ("base-2", "base-4"):
+        assert_same(weights(plain / "checkpoints" / name), weights(evaluated / "checkpoints" / name))
+
+
+def test_a_checkpoint_without_moments_gets_no_name(tmp_path):
+    """A weight that the optimizer has not stepped has no moments, and the run could not go on."""
+    model = model_module.Transformer(model_module.preset_config("tiny", 295)).init_weights(0)
+    parallel = model_module.init_parallel()
+    with pytest.raises(RuntimeError, match="embed_tokens.weight has no Adam moments"):
+        train.save_checkpoint(tmp_path / "x", model, train.make_optimizer(model, 0.1), {}, parallel)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_adams_moments_go_on_and_the_rate_starts_over(tmp_path, three_stages):
@@ -192,9 +213,11 @@ def test_adams_moments_go_on_and_the_rate_starts_over(tmp_path, three_stages):
     for name in ("config.json", "model.safetensors"):
         (bare / name).write_bytes((base / "checkpoints" / "base-4" / name).read_bytes())
     fresh = run(tmp_path / "fresh", init=str(bare), **options)
-    counter = "optimizer-00001-of-00001.safetensors/norm.weight/step"
-    steps = [weights(folder / "checkpoints" / "long-1")[counter] for folder in (carried, fresh)]
-    assert [int(step) for step in steps] == [5, 1]
+    steps = []
+    for folder in (carried, fresh):
+        tensors = weights(folder / "checkpoints" / "long-1")
+        steps += [int(value) for key, value in tensors.items() if key.endswith("/norm.weight/step")]
+    assert steps == [5, 1]
     first = [read_log(folder)[0] for folder in (carried, fresh)]
     assert first[0]["loss"] == first[1]["loss"] and first[0]["lr"] == RECIPES["tiny"][1].lr
 
@@ -222,6 +245,17 @@ def test_a_packed_folder_of_ones_own(tmp_path):
                       "mine", 0, report)
     folder = run(tmp_path / "run", data=str(tmp_path / "packs"), mix="mine=1")
     assert len(read_log(folder)) == 4 and not (folder / "data").exists()
+
+
+def test_an_embedded_domain_without_long_documents_is_left_out(tmp_path, monkeypatch, capsys):
+    """The rest of the mixture fills its share; a mixture with nothing left is an error (see bad input)."""
+    monkeypatch.setitem(data.LONG_DOMAINS, "textbooks", lambda t, seed: iter([t.document("short")]))
+    mixture = "recall_bare-256=0.5,textbooks-256=0.5"
+    folder = run(tmp_path / "run", mix=mixture, steps=3, save_every=2)
+    said = capsys.readouterr().out
+    assert said.count("left out of the mixture: domain textbooks-256: none of its 1 documents") == 1
+    assert "100.0% recall_bare-256" in said and len(read_log(folder)) == 3
+    train.train(TrainConfig(resume=str(folder)))  # the mixture that it resumes with is the same
 
 
 def test_a_tiny_model_learns_what_it_could_not_do(tmp_path):
@@ -256,7 +290,7 @@ def test_the_tiny_recipe_keeps_its_promises(tmp_path):
     ("--step 3", "unrecognized arguments"),
     ("--seq 12q", "length '12q'"),
     ("--recipe huge", "recipe 'huge'"),
-    ("--stage middle", "no stage 'middle'"),
+    ("--stage middle", "'middle' is unknown"),
     ("--model llama9", "model 'llama9'"),
     ("--mix recall-2k=-1", "none negative"),
     ("--mix recall-2k=0", "not all 0"),
@@ -264,7 +298,7 @@ def test_the_tiny_recipe_keeps_its_promises(tmp_path):
     ("--mix gossip-2k=1 --stage long", "domain 'gossip-2k'"),
     ("--mix code_repos-2k=1 --stage long", "fills a sequence of 2,048 tokens"),
     ("--mix recall-2k=1 --stage base", "do not fit sequences of 256"),
-    ("--data nowhere", "nowhere is not a folder"),
+    ("--data nowhere", "is not a packed data folder"),
     ("--data empty", "has no meta.json"),
     ("--data other --mix other=1 --stage base", "packed with tokenizer"),
     ("--data corrupt --mix corrupt=1 --stage base", "not readable JSON"),
@@ -318,4 +352,4 @@ def test_ctrl_c_ends_at_once_and_leaves_nothing_half_written(tmp_path):
     assert process.returncode == 130 and error.count("\n") <= 2, error
     for path in (tmp_path / "run" / "checkpoints").iterdir():
         if not path.name.endswith(".writing"):
-            assert train.read_state(path)["stage"] == "base" and weights(path)
+            assert read_state(path)["stage"] == "base" and weights(path)

@@ -1,0 +1,167 @@
+"""From tasks as text to examples in tokens: of the length asked for, or ready prompts from a file.
+
+`fit` draws larger and larger examples up to the length wanted. A line of a JSONL file may be
+
+    RULER's      {"input", "outputs"}, "answer_prefix" if there
+    JSON pairs   {"context", "question", "answer", "demos"}: two demonstrations are shown
+    passages     {"question", "answers", "ctxs": [{"title", "text"}]}
+    re-ranking   {"query", "ctxs": [{"id", "text", "label"}]}
+    ICL          {"text", "label"}: examples for `tasks.draw_icl`
+
+A `tokenizer` here is anything with `encode`, `decode` and `begin`, the tokens that begin a text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .tasks import FILLER, KEY_PROMPT, KEY_TASK, QA_TASK, TextExample, TextQuestion
+from .texts import read_rows
+
+
+class Encoded(NamedTuple):
+    """An example in tokens; the fields of a question are those of eval.Question."""
+
+    context_ids: np.ndarray
+    questions: list[tuple[np.ndarray, tuple[str, ...], float | None, float, dict[str, int] | None]]
+    budget: int
+
+
+# --- 1. Examples of a length ----------------------------------------------------------------------
+
+
+def spread_depths(n: int, questions: int) -> list[list[float]]:
+    """A depth in 0..1 for each question about each of `n` contexts, spread evenly in any number."""
+    golden_ratio = (math.sqrt(5) - 1) / 2
+    return ((0.5 + np.arange(n * questions) * golden_ratio) % 1).reshape(n, questions).tolist()
+
+
+def fit(name: str, draw: Callable[..., TextExample], make_rng: Callable[[], np.random.Generator],
+        depths: list[float], tokenizer: Any, length: int, least: int = 1) -> Encoded:
+    """Draw the largest example that fits into `length` tokens, with a question and an answer.
+
+    Every drawing starts from the same random numbers. We guess the next size from the tokens that
+    one more unit of size has taken so far. If one more unit would be too much but over 3% of the
+    length are still empty, idle sentences before the context fill them.
+    Raises ValueError if even the size `least` is too long.
+    """
+
+    def count(example: TextExample) -> int:
+        longest = max(len(tokenizer.encode(question.prompt)) for question in example.questions)
+        context = len(tokenizer.begin) + len(tokenizer.encode(example.context))
+        return context + longest + answer_budget(tokenizer, example)
+
+    low, high, per_unit = least, math.inf, 8.0  # the size `low` fits, `high` does not
+    best = draw(make_rng(), low, depths, length)
+    used = count(best)
+    if used > length:
+        raise ValueError(f"task {name} needs {used} tokens at the least with this tokenizer, "
+                         f"got {length}; choose longer lengths")
+    while used < 0.99 * length and high - low > 1:
+        size = int(min(low + max(1, int((length - used) / per_unit)), high - 1))
+        example = draw(make_rng(), size, depths, length)
+        tokens = count(example)
+        per_unit = max(1e-3, (tokens - used) / (size - low)) * 1.001
+        if tokens <= length:
+            low, used, best = size, tokens, example
+        else:
+            high = size
+    spare = length - used if used < 0.97 * length else 0
+    return encode_example(tokenizer, best, answer_budget(tokenizer, best), spare)
+
+
+def answer_budget(tokenizer: Any, example: TextExample) -> int:
+    """Tokens that an answer may have: a quarter more than the right one, and a few."""
+    answers = [", ".join(question.answers) for question in example.questions]
+    longest = max(len(tokenizer.encode(answer)) for answer in answers)
+    return longest + longest // 4 + 4
+
+
+def encode_example(tokenizer: Any, example: TextExample, budget: int, spare: int = 0) -> Encoded:
+    """Turn text into tokens, behind `spare` idle ones, and an answer's place into its depth."""
+    filler = tokenizer.encode(FILLER * (1 + spare))[:spare]
+    before = len(tokenizer.decode(filler))
+    length = before + len(example.context)  # in characters
+    questions = []
+    for q in example.questions:
+        depth = None if q.item is None else (before + example.place(q)) / length
+        questions.append((tokenizer.encode(q.prompt), q.answers, depth, q.chance, q.relevance))
+    ids = np.concatenate((tokenizer.begin, filler, tokenizer.encode(example.context)))
+    return Encoded(ids.astype(np.uint32), questions, budget)
+
+
+# --- 2. Prompts from files ------------------------------------------------------------------------
+
+
+@cache
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file. Raises ValueError for a line that is none."""
+    lines = []
+    for where, row in read_rows(str(path), "jsonl"):
+        if isinstance(row, ValueError):
+            raise ValueError(f"{where} {row}")
+        lines.append(row)
+    if not lines:
+        raise ValueError(f"{path} holds no JSON objects, one a line")
+    return lines
+
+
+def labelled_lines(path: Path) -> dict[str, list[str]]:
+    """The texts of an ICL file by label. Raises ValueError unless each label has two."""
+    by_label: dict[str, list[str]] = {}
+    for row in read_lines(path):
+        if not isinstance(row.get("text"), str) or "label" not in row:
+            raise ValueError(f"{path}: a line has no text or no label; each line needs both")
+        by_label.setdefault(str(row["label"]), []).append(row["text"])
+    for label, texts in by_label.items():
+        if len(texts) < 2:
+            raise ValueError(f"{path}: label {label!r} has one line; each label needs two lines, "
+                             "one to ask about and one to learn from")
+    return by_label
+
+
+def file_examples(path: Path, tokenizer: Any, lines: list[int]) -> list[Encoded]:
+    """Some lines of a file as examples. Raises ValueError for a line that has no known format."""
+    examples = []
+    for i in lines:
+        try:
+            context, question = _parse(read_lines(path)[i])
+            if not all(isinstance(answer, str) for answer in question.answers):
+                raise TypeError("its answers must be text")
+            longest = max(len(tokenizer.encode(answer)) for answer in question.answers)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path} entry {i + 1} is of no known format ({error!r}); "
+                             "support/fitting.py lists them") from None
+        example = TextExample(context, [], "", "", [question])
+        examples.append(encode_example(tokenizer, example, max(100, 2 * longest)))
+    return examples
+
+
+def _parse(row: dict[str, Any]) -> tuple[str, TextQuestion]:
+    """The context, and the question about it."""
+    if "outputs" in row:
+        prompt = row.get("answer_prefix") or "\n"
+        return row["input"], TextQuestion(prompt, tuple(row["outputs"]))
+    if "query" in row:
+        texts = [f"[ID: {c['id']}] Document: {c['text']}" for c in row["ctxs"]]
+        relevance = {str(c["id"]): int(c["label"]) for c in row["ctxs"]}
+        best = " > ".join(sorted(relevance, key=lambda i: -relevance[i])[:10])
+        head = ("Rank the documents by relevance to the query, in this form: "
+                "Ranking: ID3 > ID1 > ID2\n\n")
+        prompt = f"\n\nQuery: {row['query']}\nRanking:"
+        return head + "\n\n".join(texts), TextQuestion(prompt, (best,), relevance=relevance)
+    answers = row["answers"] if "answers" in row else row["answer"]
+    answers = (answers,) if isinstance(answers, str) else tuple(answers)
+    if "ctxs" in row:
+        texts = [f"Document (Title: {c['title']}): {c['text']}" for c in row["ctxs"]]
+        prompt = f"\n\nQuestion: {row['question']}\nAnswer:"
+        return QA_TASK + "\n\n".join(texts), TextQuestion(prompt, answers)
+    shown = [f"{KEY_PROMPT.format(key)} {value}" for key, value in row["demos"][:2]]
+    prompt = KEY_PROMPT.format(row["question"])
+    return row["context"] + KEY_TASK + "".join(shown), TextQuestion(prompt, answers)

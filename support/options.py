@@ -1,0 +1,62 @@
+"""The options of train.py, most of which sft.py shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from support.cli import option, parse_length
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Options of every run; train.py and sft.py add their own."""
+
+    init: str = option("", "start from this model folder, or from a run's newest checkpoint")
+    steps: int | None = option(None, "optimizer steps per stage", parse_length)
+    batch_tokens: int | None = option(None, "tokens per optimizer step", parse_length)
+    micro_batch_tokens: int | None = option(None, "tokens of a forward pass", parse_length)
+    lr: float | None = option(None, "peak learning rate", float)
+    reorder: bool = option(True, "sort a step's sequences by cost, so that ranks wait less")
+    seq_parallel_size: int | None = option(None, "ranks that share a sequence", parse_length)
+    dtype: str = option("auto", "compute in auto, float32, bfloat16 or float64")
+    attention: str = option("auto", "attention backend: auto, varlen, sdpa or reference")
+    compile: str = option("auto", "torch.compile each block: on, off, or auto (on a GPU)")
+    activations: str = option("auto", "for backward keep all, recompute each block, offload its "
+                              "input to the host, or auto: the first of these that fits")
+    loss_chunk_tokens: int = option(8192, "hold the logits of so many tokens; 0: of all", int)
+    mlp_tile_tokens: int | None = option(None, "MLPs in tiles of so many tokens; 0: in one", int)
+    host_optimizer: bool = option(False, "keep weights and Adam's moments in host memory")
+    weight_decay: float = option(0.1, "AdamW's weight decay, on matrices", float)
+    clip: float = option(1.0, "largest norm of the gradient", float)
+    eval: bool = option(True, "evaluate and draw after each stage")
+    eval_every: int | None = option(None, "steps between small evaluations", parse_length)
+    samples: int = option(200, "questions per task and length in the evaluation", parse_length)
+    save_every: int | None = option(None, "steps from save to save (default: 30 min)", parse_length)
+    keep: int = option(2, "newest checkpoints to keep, besides stages' last; 0 keeps all", int)
+    resume: str = option("", "go on with this run, from its newest checkpoint")
+    out: str = option("", "run folder (default: runs/RECIPE, numbered if taken)")
+    tokenizer: str = option("bytes", "tokenizer")
+    seed: int = option(0, "seed of weights, data and order", int)
+
+    def __post_init__(self) -> None:
+        if self.compile not in ("auto", "on", "off"):
+            raise ValueError(f"compile={self.compile!r} is unknown; choose auto, on or off")
+        if self.keep < 0:
+            raise ValueError(f"keep={self.keep} is less than none; choose 0 to keep all")
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """What train.py adds: which stages to run, on which data."""
+
+    recipe: str = option("tiny", "tiny, prolong or ablation")
+    stage: str = option("", "run this stage of the recipe alone")
+    seq: int | None = option(None, "run the last stage (or --stage) at this length", parse_length)
+    model: str = option("tiny", "model preset, where there is no --init")
+    data: str = option("", "folder of packed domains; without it the embedded ones are packed")
+    mix: str = option("", "other mixture: recall-2k=0.6,code_repos-2k=0.4")
+    short_mix: str = option("", "other short part: shortmix, shortmix-ablation, slimpajama, "
+                            "fineweb-edu or dclm")
+    rope_theta: float | None = option(None, "RoPE base of the stage", float)
+    plan: bool = option(False, "print what a step needs in memory and time, and train nothing")
+    world_size: int | None = option(None, "ranks that --plan is for", parse_length)

@@ -1,0 +1,220 @@
+"""Scores of answers in text, tables of scores, and tests of their differences.
+
+A score (0 to 1) compares what a model wrote with a question's right `answers`, as HELMET
+(2410.02694) and RULER (2404.06654) do. An evaluation is the dict that eval.py writes as JSON: its
+"results" are a row for each task and length. Sources of the tests: McNemar (1947), Holm (1979).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .cli import format_length
+from .files import write_json
+
+# --- 1. Scores of answers -------------------------------------------------------------------------
+
+
+def same(written: str, question: Any) -> float:
+    """Letter for letter: for answers in special tokens."""
+    return float(written == question.answers[0])
+
+
+def normalize(text: str) -> str:
+    """Lower case, no punctuation, no articles, single blanks: how SQuAD and HELMET compare."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def contains(written: str, question: Any) -> float:
+    """HELMET's substring_exact_match: a right answer occurs in the text, both normalized."""
+    return float(any(normalize(answer) in normalize(written) for answer in question.answers))
+
+
+def exact_line(written: str, question: Any) -> float:
+    """HELMET's exact_match: what follows "label:", or else the first line, is a right answer."""
+    found = re.search(r"label:(.*)", written, re.IGNORECASE)
+    line = found[1].strip() if found else written.partition("\n")[0]
+    line = re.sub(r"^label:", "", line, flags=re.IGNORECASE)  # some models say it twice
+    return float(normalize(line) in map(normalize, question.answers))
+
+
+def fraction(written: str, question: Any) -> float:
+    """RULER's score: the share of the right answers that occur in what was written, in any case."""
+    found = [answer.lower() in written.lower() for answer in question.answers]
+    return sum(found) / len(found)
+
+
+def any_answer(written: str, question: Any) -> float:
+    """RULER's score for question answering: any of the right answers occurs."""
+    return float(fraction(written, question) > 0)
+
+
+def ranking(written: str, question: Any) -> float:
+    """HELMET's score for re-ranking, nDCG@10."""
+    return ndcg(parse_ranking(written), question.relevance)
+
+
+def for_file(name: str, row: dict[str, Any]) -> Callable[[str, Any], float]:
+    """The score that goes with the format of a file (support/fitting.py lists the formats)."""
+    if "outputs" in row:
+        return any_answer if "qa" in name else fraction
+    return ranking if "query" in row and "ctxs" in row else contains
+
+
+def parse_ranking(written: str) -> list[str]:
+    """'[ID3] > ID1 > 2' -> 3, 1, 2: the longest chain of numbers, each where it first comes."""
+    plain = re.sub(r"[\[\]:]", "", written).lower().replace("id", "")
+    chains = re.findall(r"\d+(?:\s*>\s*\d+)*", plain)
+    return list(dict.fromkeys(re.findall(r"\d+", max(chains, key=len, default=""))))
+
+
+def ndcg(order: Sequence[str], relevance: dict[str, int], k: int = 10) -> float:
+    """Normalized discounted cumulative gain, as trec_eval has it: a gain is the relevance itself.
+
+    A passage that does not exist takes up its rank and gains nothing.
+    """
+
+    def dcg(gains: Sequence[int]) -> float:
+        return sum(gain / math.log2(rank + 2) for rank, gain in enumerate(gains[:k]))
+
+    best = dcg(sorted(relevance.values(), reverse=True))
+    return dcg([relevance.get(passage, 0) for passage in order]) / best if best else 0.0
+
+
+# --- 2. Averages and tables -----------------------------------------------------------------------
+
+
+def by_depth(predictions: Sequence[dict[str, Any]], bins: int = 5) -> list[float | None]:
+    """Mean score where the answer stood in the first fifth of the context, the second, ..."""
+    parts: list[list[float]] = [[] for _ in range(bins)]
+    for p in predictions:
+        if p["depth"] is not None:
+            parts[min(int(p["depth"] * bins), bins - 1)].append(p["score"])
+    return [sum(part) / len(part) if part else None for part in parts]
+
+
+def macro_averages(results: Sequence[dict[str, Any]]) -> dict[int, float]:
+    """The mean over categories of the mean over their tasks, by length (2410.02660, section 2.1).
+
+    Lengths that some task was not run at have no average.
+    """
+    tables: dict[int, dict[str, list[float]]] = {}  # length -> category -> scores
+    for row in results:
+        categories = tables.setdefault(row["length"], {})
+        categories.setdefault(row["category"], []).append(row["score"])
+    counts = {length: sum(map(len, table.values())) for length, table in tables.items()}
+    averages = {}
+    for length, table in sorted(tables.items()):
+        if counts[length] == max(counts.values()) > 1:
+            averages[length] = float(np.mean([np.mean(scores) for scores in table.values()]))
+    return averages
+
+
+def format_table(evaluations: Sequence[dict[str, Any]]) -> str:
+    """Score by task and length, one column a model, each with its interval."""
+    wide = max(12, *(len(Path(r["task"]).stem) for r in evaluations[0]["results"]))
+    lines = [f"{'task':<{wide}} {'length':>7} {'n':>4} {'chance':>7}"
+             + "".join(f"{e['model']:>22}" for e in evaluations)]
+    for rows in zip(*(e["results"] for e in evaluations), strict=True):
+        row = rows[0]
+        cells = "".join(f"{r['score']:>9.3f} [{r['low']:.2f}, {r['high']:.2f}]" for r in rows)
+        lines.append(f"{Path(row['task']).stem:<{wide}} {format_length(row['length']):>7} "
+                     f"{row['n']:>4} {row['chance']:>7.2g}{cells}")
+    macros = [macro_averages(e["results"]) for e in evaluations]
+    for length in macros[0]:
+        cells = "".join(f"{macro[length]:>9.3f}{'':13}" for macro in macros)
+        lines.append(f"{'macro avg':<{wide}} {format_length(length):>7} {'':>12}{cells}")
+    for rows in zip(*(e["bits_per_byte"] for e in evaluations), strict=True):
+        cells = "".join(f"{r['bits_per_byte']:>9.3f}{'':13}" for r in rows)
+        lines.append(f"{'bits/byte':<{wide}} {rows[0]['name']:>8} {'':>11}{cells}")
+    return "\n".join(lines)
+
+
+def save_evaluation(evaluation: dict[str, Any], folder: Path) -> None:
+    """Write `folder`/<model>.json, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / f"{evaluation['model']}.json", evaluation, indent=1)
+
+
+# --- 3. Is a difference real? ---------------------------------------------------------------------
+
+
+def paired_p_value(differences: Sequence[float], seed: int = 0) -> float:
+    """The p-value of a sign-flip test on the score differences, one for each context.
+
+    If the two models were equal, each context's difference could as well have the opposite sign.
+    How often is the sum then at least this large? We count exactly where all differences have one
+    size (McNemar's test, for answers right or wrong), and by 10,000 random flips otherwise.
+    """
+    d = np.array([x for x in differences if x])
+    if len(d) == 0:
+        return 1.0
+    if np.ptp(np.abs(d)) < 1e-12:
+        fewer = min((d > 0).sum(), (d < 0).sum())
+        tail = sum(math.comb(len(d), k) for k in range(fewer + 1)) / 2 ** len(d)
+        return min(1.0, 2 * tail)
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], (10_000, len(d)))
+    at_least = np.abs(signs @ d) >= abs(d.sum()) - 1e-12
+    return float((at_least.sum() + 1) / 10_001)
+
+
+def compare(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:
+    """Score differences b - a of two evaluations, a row for each task and length.
+
+    A row has the difference, its 95% interval (bootstrap over contexts), its p-value, and whether
+    it is `real`: whether it survives Holm's correction for looking at so many at once.
+    Raises ValueError unless both models were asked the same questions.
+    """
+    rows = []
+    for x, y in zip(a["results"], b["results"], strict=False):
+        if _asked(x) != _asked(y) or len(a["results"]) != len(b["results"]):
+            raise ValueError(f"{a['model']} and {b['model']} were not asked the same questions "
+                             f"({x['task']} at {x['length']}); give both the same tasks, lengths, "
+                             "samples and seed")
+        by_context: dict[int, list[float]] = {}
+        for p, q in zip(x["predictions"], y["predictions"], strict=True):
+            by_context.setdefault(p["context"], []).append(q["score"] - p["score"])
+        sums = np.array([sum(context) for context in by_context.values()], float)
+        counts = np.array([len(context) for context in by_context.values()], float)
+        draws = np.random.default_rng(0).integers(len(sums), size=(2000, len(sums)))
+        low, high = np.percentile(sums[draws].sum(1) / counts[draws].sum(1), [2.5, 97.5])
+        rows.append({"task": x["task"], "length": x["length"], "a": x["score"], "b": y["score"],
+                     "difference": float(sums.sum() / counts.sum()), "low": float(low),
+                     "high": float(high), "p": paired_p_value(sums.tolist()),
+                     "contexts": len(sums)})
+    real = True
+    for k, row in enumerate(sorted(rows, key=lambda row: row["p"])):  # Holm: the smallest p first
+        real = real and row["p"] <= 0.05 / (len(rows) - k)
+        row["real"] = real
+    return rows
+
+
+def _asked(row: dict[str, Any]) -> tuple[Any, ...]:
+    questions = [(p["context"], p["prompt"], p["answers"]) for p in row["predictions"]]
+    return row["task"], row["length"], questions
+
+
+def format_comparison(a: str, b: str, rows: Sequence[dict[str, Any]]) -> str:
+    """The differences as a table, with a star at those that are real."""
+    wide = max(12, *(len(Path(row["task"]).stem) for row in rows))
+    lines = [f"{'task':<{wide}} {'length':>7} {a:>10.10} {b:>10.10}  difference  95% interval"
+             "        p"]
+    for r in rows:
+        lines.append(f"{Path(r['task']).stem:<{wide}} {format_length(r['length']):>7} "
+                     f"{r['a']:>10.3f} {r['b']:>10.3f} {r['difference']:>+11.3f}  "
+                     f"[{r['low']:+.2f}, {r['high']:+.2f}] {r['p']:>8.2g}{' *' * r['real']}")
+    real = sum(row["real"] for row in rows)
+    lines.append(f"* real: {real} of {len(rows)} differences, at 5% for all together (Holm)")
+    few = sum(row["contexts"] < 6 for row in rows)
+    if few:
+        lines.append(f"{few} rest on fewer than 6 contexts, too few for any to be real; "
+                     "ask more (--samples)")
+    return "\n".join(lines)
