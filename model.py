@@ -256,7 +256,7 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_
 
 # --- 4. The Transformer ---------------------------------------------------------------------------
 #
-# Modules carry Hugging Face's names, so that a checkpoint needs no translation table.
+# Modules have Hugging Face's names, so that a checkpoint needs no translation.
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, (T, 1, D/2) each
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q, k, v) -> (T, H, D)
@@ -452,7 +452,7 @@ class MemoryOptions:
 
 
 def recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """Activation checkpointing: keep the inputs alone; backward calls the function again."""
+    """Activation checkpointing: keep only inputs; backward calls the function again."""
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -834,7 +834,7 @@ def write_model(model: Transformer, folder: Path, main: bool = True,
 
 
 def save_pretrained(model: Transformer, folder: str | Path, shard_bytes: int = 5 * 10**9) -> None:
-    """Save as a Hugging Face folder, whole or not at all."""
+    """Save a Hugging Face folder, whole or not at all."""
     with whole_folder(folder) as aside:
         write_model(model, aside, shard_bytes=shard_bytes)
 

@@ -1,13 +1,17 @@
-"""What one CUDA GPU can do: tokens/s, MFU and memory of whole training steps; and what they must not do.
+"""What one CUDA GPU can do: tokens/s, MFU and memory of whole training steps; and what they must
+not do.
 
-    python experiments/gpu.py                      about fifteen minutes on one H100 (not run yet on any)
-    python experiments/gpu.py --device cpu         the same calls on a toy, to see that they run
+    python experiments/gpu.py                      about fifteen minutes on one H100 (not run yet on
+    any) python experiments/gpu.py --device cpu         the same calls on a toy, to see that they
+    run
 
-1. Steps of train.py's own `train_step` on one GPU: llama3.2-3b at 64K (aim: 45% MFU), llama3.2-1b at 512K in
+1. Steps of train.py's own `train_step` on one GPU: llama3.2-3b at 64K (aim: 45% MFU), llama3.2-1b
+at 512K in
    one document (aim: it fits), each with the memory options that
    `--activations auto` would take.
 2. `varlen` against full causal attention, and against `sdpa`, on 64K tokens of short documents.
-3. No wait for the device inside a step (torch.cuda's sync debug mode names every one), and no compilation
+3. No wait for the device inside a step (torch.cuda's sync debug mode names every one), and no
+compilation
    after the first steps, though document lengths change.
 
 What each of eight GPUs would need for Llama-3-8B at 512K: experiments/simulate_ranks.py. Writes
@@ -42,7 +46,14 @@ from model import (  # noqa: E402
     init_parallel,
     preset_config,
 )
-from train import TrainConfig, make_optimizer, memory_options_for, memory_there, shard_model, train_step  # noqa: E402
+from train import (  # noqa: E402
+    TrainConfig,
+    make_optimizer,
+    memory_options_for,
+    memory_there,
+    shard_model,
+    train_step,
+)
 
 
 @dataclass(frozen=True)
@@ -51,14 +62,25 @@ class GpuConfig:
     steps: int = option(5, "steps to time, after two that warm up")
 
 
-def one_training(name: str, packs: list[PackedSequence], parallel: Parallel, steps: int) -> dict[str, Any]:
-    """Train a preset with random weights on the packs in turn: seconds, MFU, peak GiB, late compilations."""
+def one_training(
+    name: str, packs: list[PackedSequence], parallel: Parallel, steps: int
+) -> dict[str, Any]:
+    """Train a preset with random weights on the packs in turn: seconds, MFU, peak GiB, late
+    compilations.
+    """
     device, gpu = parallel.device, parallel.device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
     shape = preset_config(name, 295)
     model = Transformer(shape).to(device).init_weights(0)
-    options, _ = memory_options_for(TrainConfig(), shape, len(packs[0].input_ids), 1, dtype.itemsize,
-                                    memory_there(device), device.type)
+    options, _ = memory_options_for(
+        TrainConfig(),
+        shape,
+        len(packs[0].input_ids),
+        1,
+        dtype.itemsize,
+        memory_there(device),
+        device.type,
+    )
     model.set_memory_options(options)
     model.compile_blocks()
     model = shard_model(model, parallel, dtype)
@@ -67,21 +89,31 @@ def one_training(name: str, packs: list[PackedSequence], parallel: Parallel, ste
     for step in range(2 + steps):
         batch = make_batch([packs[step % len(packs)]])
         begin = time.perf_counter()
-        train_step(model, optimizer, [batch], 1e-5, parallel)  # ends by reading the loss: the device is done
+        # ends by reading the loss: the device is done
+        train_step(model, optimizer, [batch], 1e-5, parallel)
         seconds.append(time.perf_counter() - begin)
         compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     median = statistics.median(seconds[2:])
     flops = np.mean([flops_per_step(shape, pack.doc_lens) for pack in packs])
-    return {"model": name, "tokens": len(packs[0].input_ids), "options": str(options), "seconds": median,
-            "tok_per_s": len(packs[0].input_ids) / median,
-            "mfu": flops / median / device_peak_flops(device, dtype),
-            "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if gpu else None,
-            "compiled_after_warmup": compiled[-1] - compiled[1]}
+    return {
+        "model": name,
+        "tokens": len(packs[0].input_ids),
+        "options": str(options),
+        "seconds": median,
+        "tok_per_s": len(packs[0].input_ids) / median,
+        "mfu": flops / median / device_peak_flops(device, dtype),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if gpu else None,
+        "compiled_after_warmup": compiled[-1] - compiled[1],
+    }
 
 
 def waits_inside_a_step(parallel: Parallel) -> int:
-    """How often forward and backward of a tiny model wait for the GPU: with every wait an error, none."""
-    model = Transformer(preset_config("tiny", 295)).to(parallel.device, torch.bfloat16).init_weights(0)
+    """How often forward and backward of a tiny model wait for the GPU: with every wait an error,
+    none.
+    """
+    model = (
+        Transformer(preset_config("tiny", 295)).to(parallel.device, torch.bfloat16).init_weights(0)
+    )
     ids = torch.zeros(2048, dtype=torch.long, device=parallel.device)
     model.loss(ids, ids, (2048,))[0].backward()
     torch.cuda.set_sync_debug_mode("error")
@@ -95,7 +127,9 @@ def waits_inside_a_step(parallel: Parallel) -> int:
 
 
 def attention_speeds(parallel: Parallel, tokens: int) -> dict[str, float]:
-    """Milliseconds of forward and backward of one Llama-3-8B attention: full, and over short documents."""
+    """Milliseconds of forward and backward of one Llama-3-8B attention: full, and over short
+    documents.
+    """
     gpu = parallel.device.type == "cuda"
     lens = short_documents(np.random.default_rng(0), tokens)
     times = {}
@@ -106,7 +140,9 @@ def attention_speeds(parallel: Parallel, tokens: int) -> dict[str, float]:
         q, k, v = (torch.randn(tokens, heads, 128, device=parallel.device,
                                dtype=torch.bfloat16 if gpu else torch.float32, requires_grad=True)
                    for heads in (32, 8, 8))
-        cu_seqlens = torch.tensor([0, *np.cumsum(doc_lens)], dtype=torch.int32, device=parallel.device)
+        cu_seqlens = torch.tensor(
+            [0, *np.cumsum(doc_lens)], dtype=torch.int32, device=parallel.device
+        )
         rounds = []
         for _ in range(4):
             begin = time.perf_counter()
@@ -128,8 +164,12 @@ def main() -> None:
              ("llama3.2-3b", [sequence(short_documents(rng, 65_536)) for _ in range(4)]),
              ("llama3.2-1b", [sequence((524_288,))])] if gpu else
             [("tiny", [sequence(short_documents(rng, 2048)) for _ in range(4)])])
-    result: dict[str, Any] = {"command": "python experiments/gpu.py", "device": str(parallel.device),
-                              "name": torch.cuda.get_device_name() if gpu else "cpu", "training": []}
+    result: dict[str, Any] = {
+        "command": "python experiments/gpu.py",
+        "device": str(parallel.device),
+        "name": torch.cuda.get_device_name() if gpu else "cpu",
+        "training": [],
+    }
     for name, packs in jobs:
         row = one_training(name, packs, parallel, config.steps)
         result["training"].append(row)

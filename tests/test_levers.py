@@ -1,7 +1,7 @@
 """What is traded for memory (MemoryOptions) changes no number, and saves what it says.
 
-Gradients are compared in float64, to 1e-12 of their norm. Memory is counted, not timed: the peak of all live
-tensors while one forward and backward run.
+Gradients are compared in float64, to 1e-12 of their norm. Memory is counted, not timed: the peak of
+all live tensors while one forward and backward run.
 """
 
 import pytest
@@ -10,7 +10,8 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from model import IGNORE_INDEX, Block, MemoryOptions, ModelConfig, Transformer, apply_rope
 
-CONFIG = ModelConfig(vocab_size=61, dim=24, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=6, ffn_dim=40,
+CONFIG = ModelConfig(vocab_size=61, dim=24, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=6,
+                     ffn_dim=40,
                      max_seq_len=64)
 DOC_LENS = (5, 17, 1, 9, 9, 22)  # 63 tokens: no tile or chunk divides them
 OPTIONS = {
@@ -54,9 +55,10 @@ def test_options_change_no_number(name, labels_kept):
 
 @pytest.mark.parametrize("tile, calls", [(0, 1), (16, 2 * 4), (62, 2 * 2), (63, 1)])
 def test_tiles_are_recomputed(monkeypatch, tile, calls):
-    """Backward computes every tile again. A tile as long as the pack saves nothing, so it is not one."""
+    """Backward computes every tile again. A tile as long as the pack would save nothing."""
     seen, original = [], Block.after_attention
-    monkeypatch.setattr(Block, "after_attention", lambda *args: seen.append(args) or original(*args))
+    monkeypatch.setattr(Block, "after_attention", lambda *args: seen.append(args)
+                        or original(*args))
     loss_and_gradients(MemoryOptions(0, "keep", tile))
     assert len(seen) == CONFIG.n_layers * calls
 
@@ -74,7 +76,8 @@ def test_other_document_lengths_compile_nothing_anew():
     model = Transformer(CONFIG).init_weights(0)
     model.compile_blocks()
     compiled = []
-    for doc_lens in (DOC_LENS, (40, 23), (1,) * 63, (63,), (64, 64)):  # the last has more tokens, too
+    # the last has more tokens, too
+    for doc_lens in (DOC_LENS, (40, 23), (1,) * 63, (63,), (64, 64)):
         ids = torch.zeros(sum(doc_lens), dtype=torch.long)
         model.loss(ids, ids, doc_lens)[0].backward()
         compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
@@ -111,17 +114,19 @@ def peak_mib(options, tokens=4096):
 
 
 def test_each_option_saves_memory():
-    """Logits are 64 MiB, and their gradients; SwiGLU keeps 64 MiB a block; a block's input is 1 MiB."""
+    """Logits and their gradients have 64 MiB each, a block's SwiGLU 64 MiB, its input 1 MiB."""
     plain = peak_mib(MemoryOptions(loss_chunk_tokens=0))
     chunked = peak_mib(MemoryOptions(loss_chunk_tokens=256))
     recomputed = peak_mib(MemoryOptions(256, "recompute"))
     tiled = peak_mib(MemoryOptions(256, "recompute", 512))
-    print(f"\n{plain:.0f}; loss in chunks {chunked:.0f}; recompute {recomputed:.0f}; tiles {tiled:.0f} MiB")
+    print(f"\n{plain:.0f}; loss in chunks {chunked:.0f}; recompute {recomputed:.0f}; "
+          f"tiles {tiled:.0f} MiB")
     assert plain - chunked > 128 and recomputed < chunked / 4 and tiled < recomputed / 2
 
 
 def test_an_unknown_option_is_refused():
-    with pytest.raises(ValueError, match="'disk' is unknown; choose one of keep, recompute, offload"):
+    with pytest.raises(ValueError,
+                       match="'disk' is unknown; choose one of keep, recompute, offload"):
         MemoryOptions(activations="disk")
 
 

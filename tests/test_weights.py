@@ -1,8 +1,9 @@
 """Weights in and out: a folder is Hugging Face's in both directions, or it is refused by name.
 
-The other side is transformers itself: for every family and every way of stretching RoPE it writes a small
-random checkpoint, and its logits are ours; it loads what we write without a warning, and they are ours again.
-Weights are large enough for attention to choose, so that a wrong angle, bias or norm shows at once.
+The other side is transformers itself: for every family and every way of stretching RoPE it writes a
+small random checkpoint, and its logits are ours; it loads what we write without a warning, and they
+are ours again. Weights are large enough for attention to choose, so that a wrong angle, bias or
+norm shows at once.
 """
 
 import json
@@ -27,7 +28,7 @@ from support.files import whole_folder
 
 INDEX = "model.safetensors.index.json"
 
-# --- 1. Families, against transformers ------------------------------------------------------------------
+# --- 1. Families, against transformers ------------------------------------------------------------
 
 CONTEXT = 32  # the trained context of the checkpoints below; every scaling reaches beyond it
 SCALINGS = {
@@ -35,8 +36,7 @@ SCALINGS = {
     "linear": {"rope_type": "linear", "factor": 4.0},
     "dynamic": {"rope_type": "dynamic", "factor": 4.0},  # theta for 128 tokens: exact at 128
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": CONTEXT},
-    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": CONTEXT},
+    "llama3": {**LLAMA3, "original_max_position_embeddings": CONTEXT},
 }
 ARCHITECTURES = {  # our name, and what else its config.json says
     "llama": {},
@@ -60,7 +60,8 @@ def their_model(transformers, family, scaling="plain", **changes):
         "rope_theta": 5e4, "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "bos_token_id": 1,
         "eos_token_id": 2, "rope_scaling": SCALINGS[scaling] and dict(SCALINGS[scaling]),
         **ARCHITECTURES[family], **changes})
-    model, generator = transformers.AutoModelForCausalLM.from_config(config), torch.Generator().manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.normal_(std=0.25, generator=generator)
@@ -74,9 +75,10 @@ def their_load(transformers, folder, caplog):
     transformers.logging.enable_propagation()
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
         warnings.simplefilter("error")
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        model, info = load(folder, output_loading_info=True)
     transformers.logging.disable_propagation()
-    assert not [record for record in caplog.records if record.levelno >= logging.WARNING], caplog.text
+    assert all(record.levelno < logging.WARNING for record in caplog.records), caplog.text
     assert not any(info.values()), info  # missing, unexpected or mismatched keys
     return model
 
@@ -91,8 +93,9 @@ def assert_same_logits(ours, theirs, lengths):
 @pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_family_there_and_back(transformers, tmp_path, caplog, family, scaling):
-    """Their folder gives us their logits: for one token, some, and beyond the trained context. A pack gives
-    those of its documents. Our folder loads there without a warning, the same bits and the same logits.
+    """Their folder gives us their logits: for one token, some, and beyond the trained context. A
+    pack gives those of its documents. Our folder loads there without a warning, the same bits and
+    the same logits.
     """
     context = 4 * CONTEXT if scaling == "llama3" else CONTEXT  # as in the released models
     theirs = their_model(transformers, family, scaling, tie_word_embeddings=family == "qwen3",
@@ -115,7 +118,8 @@ def test_family_there_and_back(transformers, tmp_path, caplog, family, scaling):
     entry = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert entry["architectures"] == [type(theirs).__name__]  # by which vLLM finds the class
     assert_same_logits(ours, again, (1, 17, 4 * CONTEXT))
-    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "ours"))
+    before = load_file(tmp_path / "theirs" / "model.safetensors")
+    after = load_file(tmp_path / "ours" / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
 
@@ -145,7 +149,7 @@ def test_shards_and_dtypes_of_hugging_face(transformers, tmp_path, dtype):
     assert ours.lm_head.weight is ours.embed_tokens.weight
 
 
-# --- 2. There and back in our own hands -------------------------------------------------------------------
+# --- 2. There and back in our own hands -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -153,8 +157,8 @@ def test_shards_and_dtypes_of_hugging_face(transformers, tmp_path, dtype):
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_save_and_load_keep_every_bit(tmp_path, family, tie, dtype):
     """Config, names, dtypes and bits; a tied table is stored once and is one parameter again."""
-    model = random_model(dtype, tie_embeddings=tie, rope_scaling=LLAMA3, rope_theta=8e6, norm_eps=1e-6,
-                         family=family, bos_token_id=1, eos_token_id=[2, 3])
+    model = random_model(dtype, tie_embeddings=tie, rope_scaling=LLAMA3, rope_theta=8e6,
+                         norm_eps=1e-6, family=family, bos_token_id=1, eos_token_id=[2, 3])
     m.save_pretrained(model, tmp_path / "model")
     loaded = m.load_pretrained(tmp_path / "model")
     assert loaded.config == model.config
@@ -170,7 +174,7 @@ def test_save_and_load_keep_every_bit(tmp_path, family, tie, dtype):
 
 @pytest.mark.parametrize("shard_bytes, files", [(1, 21), (20_000, 5), (10**9, 1)])
 def test_large_models_are_saved_in_shards(tmp_path, shard_bytes, files):
-    """A file has about as many bytes as asked, one tensor more at most; the index names each one's file."""
+    """A file has at most one tensor more than asked; the index names each tensor's file."""
     model = random_model(torch.float32)
     m.save_pretrained(model, tmp_path / "model", shard_bytes=shard_bytes)
     found = sorted((tmp_path / "model").glob("*.safetensors"))
@@ -186,7 +190,8 @@ def test_large_models_are_saved_in_shards(tmp_path, shard_bytes, files):
         assert index["weight_map"] == stored
         assert index["metadata"] == {"total_size": sum(p.nbytes for p in model.parameters())}
     loaded = m.load_pretrained(tmp_path / "model")
-    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+    pairs = zip(loaded.parameters(), model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_a_changed_theta_is_saved(tmp_path):
@@ -194,11 +199,14 @@ def test_a_changed_theta_is_saved(tmp_path):
     model, ids = random_model(), random_ids(60)
     model.set_rope(8e6, 512)
     m.save_pretrained(model, tmp_path / "model")
-    assert torch.equal(m.load_pretrained(tmp_path / "model").logits(ids, (60,)), model.logits(ids, (60,)))
+    loaded = m.load_pretrained(tmp_path / "model")
+    assert torch.equal(loaded.logits(ids, (60,)), model.logits(ids, (60,)))
 
 
 def test_what_lies_beside_the_weights_comes_along(folder, tmp_path):
-    """Tokenizer and generation settings pass through byte by byte; other files, code too, stay behind."""
+    """Tokenizer and generation settings pass through byte by byte; other files, code too, stay
+    behind.
+    """
     (folder / "tokenizer.json").write_bytes(b"\xff not ours to read")
     (folder / "generation_config.json").write_text('{"eos_token_id": [5, 6], "temperature": 0.6}')
     (folder / "modeling_evil.py").touch()
@@ -210,8 +218,8 @@ def test_what_lies_beside_the_weights_comes_along(folder, tmp_path):
 
 
 def test_a_checkpoint_of_training_is_complete(transformers, tmp_path, caplog):
-    """Weights, configuration, tokenizer, and how texts begin and end: loaded there without a warning, and
-    what was started from that folder hands it on.
+    """Weights, configuration, tokenizer, and how texts begin and end: loaded there without a
+    warning, and what was started from that folder hands it on.
     """
     options = {"stage": "base", "steps": 1, "mix": "icl-256=1", "eval": False}
     first = train.train(train.TrainConfig(out=str(tmp_path / "first"), **options))
@@ -224,7 +232,8 @@ def test_a_checkpoint_of_training_is_complete(transformers, tmp_path, caplog):
     assert (hf.bos_token_id, hf.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
     settings = theirs.generation_config
     assert (settings.bos_token_id, settings.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
-    second = train.train(train.TrainConfig(out=str(tmp_path / "second"), init=str(folder), **options))
+    again = train.TrainConfig(out=str(tmp_path / "second"), init=str(folder), **options)
+    second = train.train(again)
     dist.destroy_process_group()
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         passed_on = second / "checkpoints" / "base-1" / name
@@ -240,14 +249,14 @@ def test_info_and_export(folder, tmp_path, capsys, monkeypatch):
 
     told = run("info", "llama3-8b", "--length", "64K")
     assert "8,030,261,248 parameters, 525,336,576 of them the embedding table" in told
-    # 2 bytes x 8,030,261,248; 2 bytes x keys and values x 32 layers x 8 heads x 128 x 65,536 = 8 GiB
+    # 2 bytes x 8,030,261,248; 2 bytes x keys and values x 32 layers x 8 heads x 128 x 65,536
     assert "text of 65,536 tokens in bfloat16: weights 14.958, keys and values 8.000" in told
     assert "n_heads=4, n_kv_heads=2" in run("info", folder)
     with pytest.raises(ValueError, match="info PRESET-OR-FOLDER"):
         run("info", folder, "--depth", "3")
 
     (folder / "optimizer").mkdir()
-    save_file({"layers.0.mlp.up_proj.weight/exp_avg": torch.zeros(1)}, folder / "optimizer" / "0.safetensors")
+    save_file({"exp_avg": torch.zeros(1)}, folder / "optimizer" / "0.safetensors")
     run("export", folder, tmp_path / "out")
     names = {"config.json", "generation_config.json", "model.safetensors"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
@@ -261,11 +270,12 @@ def test_info_and_export(folder, tmp_path, capsys, monkeypatch):
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
-# --- 3. Many ranks ------------------------------------------------------------------------------------------
+# --- 3. Many ranks --------------------------------------------------------------------------------
 
 
 def rank_reads_and_writes(rank, world, folder):
-    """What each rank does: read its own rows, look at how much that was, and write the whole again."""
+    """What each rank does: read its own rows, look at how much that was, and write the whole again.
+    """
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), world), rank=rank,
                             world_size=world)
@@ -281,34 +291,38 @@ def rank_reads_and_writes(rank, world, folder):
         (folder / "again").mkdir()
     dist.barrier()
     m.write_model(model, folder / "again", main=rank == 0, shard_bytes=20_000)
-    (folder / f"{rank}.json").write_text(json.dumps({
-        "same": same, "rows": sum(r.stop - r.start for r in rows.values()), "logits": logits.tolist()}))
+    found = {"same": same, "rows": sum(r.stop - r.start for r in rows.values()),
+             "logits": logits.tolist()}
+    (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
 
 
 def test_each_rank_reads_its_rows_and_all_write_the_whole(tmp_path):
-    """Four ranks and tables of 97 and 6 rows, 25 25 25 22 and 2 2 2 0: every rank has its own, to the bit;
-    together they have the logits of one process, and write the same tensors.
+    """Four ranks and tables of 97 and 6 rows, 25 25 25 22 and 2 2 2 0: every rank has its own, to
+    the bit; together they have the logits of one process, and write the same tensors.
     """
     model = random_model(torch.float32, tie_embeddings=True, family="qwen3", head_dim=6)
     m.save_pretrained(model, tmp_path / "model")
     mp.spawn(rank_reads_and_writes, args=(4, tmp_path), nprocs=4)
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
     assert all(rank["same"] for rank in ranks)
-    assert sum(rank["rows"] for rank in ranks) == sum(weight.shape[0] for weight in model.parameters())
-    assert max(rank["rows"] for rank in ranks) < 0.3 * sum(weight.shape[0] for weight in model.parameters())
+    rows = sum(weight.shape[0] for weight in model.parameters())
+    assert sum(rank["rows"] for rank in ranks) == rows
+    assert max(rank["rows"] for rank in ranks) < 0.3 * rows
     for i in (0, 1):
         found = torch.tensor(ranks[2 * i]["logits"] + ranks[2 * i + 1]["logits"])
         with torch.no_grad():
-            torch.testing.assert_close(found, model.logits(random_ids(16, seed=i), (5, 11)), **CLOSE)
+            expected = model.logits(random_ids(16, seed=i), (5, 11))
+        torch.testing.assert_close(found, expected, **CLOSE)
     assert len(list((tmp_path / "again").glob("*.safetensors"))) > 1
     again = m.load_pretrained(tmp_path / "again")
     assert again.config == model.config
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+    pairs = zip(again.parameters(), model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
-# --- 4. Folders that are wrong ----------------------------------------------------------------------------
+# --- 4. Folders that are wrong --------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -334,21 +348,12 @@ def edit_weights(folder, **changes):
 
 def write_index(folder, *shards):
     """An index that looks for one tensor in each of `shards`."""
-    (folder / INDEX).write_text(json.dumps({"weight_map": {str(i): name for i, name in enumerate(shards)}}))
-
-
-def cut(path, size):
-    path.write_bytes(path.read_bytes()[:size])
-
-
-def twice(folder):
-    """A second shard that holds the same tensors."""
-    (folder / "more.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    write_index(folder, "model.safetensors", "more.safetensors")
+    weight_map = {str(i): name for i, name in enumerate(shards)}
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
 
 
 def test_both_layouts_of_a_hugging_face_config(folder):
-    """theta and scaling side by side, or (newer) together in `rope_parameters`; head_dim by division."""
+    """theta and scaling side by side, or (newer) together in `rope_parameters`."""
     scaled = replace(m.read_config(folder), rope_theta=8e6, rope_scaling=LLAMA3)
     edit_config(folder, rope_theta=8e6, rope_scaling=LLAMA3)
     assert m.read_config(folder) == scaled
@@ -363,7 +368,7 @@ def test_both_layouts_of_a_hugging_face_config(folder):
 
 
 def test_the_trained_context_of_a_scaling_is_written_down(folder):
-    """Where it is left out it is the context: but of the checkpoint, not of a longer stage to come."""
+    """Where it is left out it is the checkpoint's context, not that of a longer stage to come."""
     edit_config(folder, rope_scaling={"rope_type": "yarn", "factor": 4.0})
     model = m.load_pretrained(folder)
     frequencies = m.rope_frequencies(model.config)[0]
@@ -372,81 +377,79 @@ def test_the_trained_context_of_a_scaling_is_written_down(folder):
 
 
 def test_what_a_config_leaves_out(folder):
-    """A missing or null entry means what it means in transformers: old Llamas have no GQA, for example."""
+    """A missing or null entry means what it means in transformers: old Llamas have no GQA."""
     edit_config(folder, head_dim=None, num_key_value_heads=None, rms_norm_eps=None)
     config = m.read_config(folder)
     assert (config.head_dim, config.n_kv_heads, config.norm_eps) == (8, 4, 1e-6)
     entry = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**entry, "head_dim": None, "num_key_value_heads": None}))
+    entry |= {"head_dim": None, "num_key_value_heads": None}
+    (folder / "config.json").write_text(json.dumps(entry))
     assert m.read_config(folder) == config
     edit_config(folder, model_type="qwen3", attention_bias=None)
     assert m.read_config(folder).head_dim == 128
 
 
-@pytest.mark.parametrize("entries, window", [
-    ({"model_type": "mistral", "sliding_window": 100}, 100),
-    ({"model_type": "mistral", "sliding_window": 128}, None),  # as long as the context: changes nothing
-    ({"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 100}, None),
-    ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 99}, 99),
-    ({"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 100}, 100),
-    ({"model_type": "llama", "sliding_window": 100}, None),  # transformers does not look at it
+@pytest.mark.parametrize("family, entries, window", [
+    ("mistral", {"sliding_window": 100}, 100),
+    ("mistral", {"sliding_window": 128}, None),  # as long as the context: it changes nothing
+    ("mistral", {"sliding_window": None, "max_position_embeddings": 8192}, 4096),  # left out
+    ("qwen2", {"use_sliding_window": False, "sliding_window": 100}, None),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 99}, 99),
+    ("llama", {"sliding_window": 100}, None),  # transformers does not look at it
 ])
-def test_a_sliding_window_is_refused_if_it_is_used(folder, entries, window):
+def test_a_sliding_window_is_refused_if_it_is_used(folder, family, entries, window):
     """In use means: some layer may have it, and texts of the model's context would feel it."""
-    edit_config(folder, **{"attention_bias": None, **entries})
+    edit_config(folder, attention_bias=None, model_type=family, **entries)
     if window:
-        with pytest.raises(ValueError, match=rf"sliding_window={window} is in use \(max.* is 128\)"):
+        with pytest.raises(ValueError, match=f"sliding_window={window} is in use"):
             m.read_config(folder)
     else:
-        assert m.read_config(folder).family == entries["model_type"]
+        assert m.read_config(folder).family == family
 
 
-def test_a_missing_window_is_4096_there(folder):
-    """transformers gives a Mistral whose config.json leaves the entry out a window; null means none."""
-    edit_config(folder, model_type="mistral", sliding_window=None, max_position_embeddings=8192)
-    with pytest.raises(ValueError, match="sliding_window=4096 is in use"):
-        m.read_config(folder)
-    entry = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**entry, "sliding_window": None}))
-    assert m.read_config(folder).max_seq_len == 8192
+NORM = "model.norm.weight"
+SPOILED_WEIGHTS = [  # tensors that are replaced (None: removed), and what is said about it
+    ({NORM: None}, "lacks 1 tensors, the first is 'model.norm.weight'"),
+    ({"extra": torch.zeros(1)}, "holds 'extra'"),
+    ({NORM: torch.zeros(31)}, r"'model.norm.weight' is \(31,\), config.json says \(32,\)"),
+    ({NORM: torch.ones(32).long()}, "is I64, not one of F64, F32, BF16, F16"),
+]
 
 
-SPOILED_WEIGHTS = {
-    "a tensor missing": (lambda f: edit_weights(f, **{"model.norm.weight": None}),
-                         "lacks 1 tensors, the first is 'model.norm.weight'"),
-    "a tensor too many": (lambda f: edit_weights(f, extra=torch.zeros(1)), "holds 'extra'"),
-    "another shape": (lambda f: edit_weights(f, **{"model.norm.weight": torch.zeros(31)}),
-                      r"'model.norm.weight' is \(31,\), config.json says \(32,\)"),
-    "not floating point": (lambda f: edit_weights(f, **{"model.norm.weight": torch.ones(32).long()}),
-                           "'model.norm.weight' is I64, not one of F64, F32, BF16, F16"),
-    "a tensor twice": (twice, "'lm_head.weight' is in both .*model.safetensors and .*more.safetensors"),
-    "cut data": (lambda f: cut(f / "model.safetensors", -10), "model.safetensors is not a whole"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
-    "pickle alone": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
-                     r"weights as pickle alone \(pytorch_model.bin\)"),
-    "a missing shard": (lambda f: write_index(f, "shard-1.safetensors"), "shard-1.safetensors"),
-    "a shard elsewhere": (lambda f: write_index(f, "../x.safetensors"), "'../x.safetensors', which is not"),
-    "a shard that is no name": (lambda f: write_index(f, 7), "7, which is not a file"),
-    "no index": (lambda f: (f / INDEX).write_text("[1"), f"{INDEX} is not readable"),
-    "no weight map": (lambda f: (f / INDEX).write_text("{}"), f"{INDEX} is not a readable"),
-}
-
-
-@pytest.mark.parametrize("spoil, complaint", SPOILED_WEIGHTS.values(), ids=SPOILED_WEIGHTS.keys())
-def test_spoiled_weights_are_refused(folder, spoil, complaint):
-    """No half-loaded model: an error that names the file or the tensor."""
-    spoil(folder)
+@pytest.mark.parametrize("changes, complaint", SPOILED_WEIGHTS)
+def test_other_tensors_are_refused(folder, changes, complaint):
+    """No half-loaded model: an error that names the tensor."""
+    edit_weights(folder, **changes)
     with pytest.raises(ValueError, match=complaint):
         m.load_pretrained(folder)
 
 
-@pytest.mark.parametrize("spoiled", ["cut data", "a shard elsewhere"])
-def test_spoiled_weights_are_refused_before_training(folder, tmp_path, spoiled):
-    """The error comes before there is a run folder."""
-    spoil, complaint = SPOILED_WEIGHTS[spoiled]
-    spoil(folder)
+@pytest.mark.parametrize("shard, complaint", [
+    ("missing.safetensors", "missing.safetensors is not a whole safetensors file"),
+    ("../model.safetensors", "'../model.safetensors', which is not a file of this folder"),
+    (7, "7, which is not a file"),
+    ("copy.safetensors", "'lm_head.weight' is in both"),
+])
+def test_a_wrong_index_is_refused(folder, shard, complaint):
+    (folder / "copy.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    write_index(folder, "model.safetensors", shard)
     with pytest.raises(ValueError, match=complaint):
-        train.train(train.TrainConfig(init=str(folder), stage="base", out=str(tmp_path / "run")))
+        m.load_pretrained(folder)
+    (folder / INDEX).write_text("{}")
+    with pytest.raises(ValueError, match=f"{INDEX} is not a readable index"):
+        m.load_pretrained(folder)
+
+
+def test_cut_files_and_pickles_are_refused_before_training(folder, tmp_path):
+    """The error comes before there is a run folder."""
+    config = train.TrainConfig(init=str(folder), stage="base", out=str(tmp_path / "run"))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"model.safetensors is not a whole"):
+        train.train(config)
+    weights.rename(folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"weights as pickle alone \(pytorch_model.bin\)"):
+        train.train(config)
     assert not (tmp_path / "run").exists()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -462,46 +465,45 @@ def test_what_older_writers_store_besides_is_skipped(folder):
     assert torch.equal(loaded.lm_head.weight, expected.embed_tokens.weight)
 
 
-SPOILED_CONFIGS = {
-    "not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json is not readable"),
-    "another family": (lambda f: edit_config(f, model_type="mixtral"),
-                       "model_type is 'mixtral', only llama, mistral, qwen2, qwen3 are supported"),
-    "quantized": (lambda f: edit_config(f, quantization_config={"bits": 4}), "quantization_config is"),
-    "part of a head": (lambda f: edit_config(f, partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
-    "biases": (lambda f: edit_config(f, attention_bias=True), "attention_bias is True, only False"),
-    "RoPE per layer": (lambda f: edit_config(f, rope_parameters={"full_attention": YARN}), "full_attention"),
-    "two RoPEs": (lambda f: edit_config(f, rope_scaling=YARN, rope_parameters=LLAMA3), "contradict"),
-    "unknown RoPE": (lambda f: edit_config(f, rope_scaling={"type": "longrope", "short_factor": [1.0]}),
-                     "type 'longrope' is not supported"),
-    "more than RoPE": (lambda f: edit_config(f, rope_scaling={**YARN, "mscale": 0.7}), "entry 'mscale'"),
-    "no factor": (lambda f: edit_config(f, rope_scaling={"type": "linear"}), "factor is None, not a number"),
-    "a wrong ramp": (lambda f: edit_config(f, rope_scaling={**LLAMA3, "high_freq_factor": 1.0}),
-                     "high_freq_factor=1.0 must be above low_freq_factor=1.0"),
-    "no theta": (lambda f: edit_config(f, rope_theta=1.0), "rope_theta is 1.0, not a number above 1"),
-    "no heads": (lambda f: edit_config(f, num_attention_heads=None), "num_attention_heads is None"),
-    "heads that do not divide": (lambda f: edit_config(f, num_key_value_heads=3), "not divisible"),
-    "half a size": (lambda f: edit_config(f, hidden_size=32.5), "hidden_size is 32.5, not a number"),
-    "a size for nobody": (lambda f: edit_config(f, num_hidden_layers=10**9),
-                          "num_hidden_layers is 1000000000, not a number above 0 and at most 1,024"),
-    "an odd head": (lambda f: edit_config(f, head_dim=15), "head_dim=15 is odd"),
-    "perhaps tied": (lambda f: edit_config(f, tie_word_embeddings="no"), "tie_word_embeddings is 'no'"),
-}
+SPOILED_CONFIGS = [  # entries that are replaced (None: removed), and what is said about it
+    ({"model_type": "mixtral"}, "'mixtral', only llama, mistral, qwen2, qwen3 are supported"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config is"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+    ({"attention_bias": True}, "attention_bias is True, only False"),
+    ({"rope_parameters": {"full_attention": YARN}}, "full_attention"),
+    ({"rope_scaling": YARN, "rope_parameters": LLAMA3}, "contradict"),
+    ({"rope_scaling": {"type": "longrope"}}, "type 'longrope' is not supported"),
+    ({"rope_scaling": {**YARN, "mscale": 0.7}}, "entry 'mscale'"),
+    ({"rope_scaling": {"type": "linear"}}, "factor is None, not a number"),
+    ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "must be above low_freq_factor=1.0"),
+    ({"rope_theta": 1.0}, "rope_theta is 1.0, not a number above 1"),
+    ({"num_attention_heads": None}, "num_attention_heads is None"),
+    ({"num_key_value_heads": 3}, "not divisible"),
+    ({"hidden_size": 32.5}, "hidden_size is 32.5, not a number"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, not a number"),
+    ({"head_dim": 15}, "head_dim=15 is odd"),
+    ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"),
+]
 
 
-@pytest.mark.parametrize("spoil, complaint", SPOILED_CONFIGS.values(), ids=SPOILED_CONFIGS.keys())
-def test_configs_of_other_models_are_refused(folder, spoil, complaint):
+@pytest.mark.parametrize("changes, complaint", SPOILED_CONFIGS)
+def test_configs_of_other_models_are_refused(folder, changes, complaint):
     """What this model can't represent is an error, not a guess."""
-    spoil(folder)
+    edit_config(folder, **changes)
     with pytest.raises(ValueError, match=complaint):
         m.load_pretrained(folder)
 
 
-# --- 5. Whole or not at all -------------------------------------------------------------------------------
+# --- 5. Whole or not at all -----------------------------------------------------------------------
 
 
 def test_a_folder_is_replaced_whole_or_not_at_all(folder):
-    """What a crash has left behind is cleared or put back; a failed write leaves the old files alone."""
-    (folder.rename(folder.with_name("model.old")).parent / "model.writing").mkdir()  # between two renames
+    """What a crash has left behind is cleared or put back; a failed write leaves the old files
+    alone.
+    """
+    (
+        folder.rename(folder.with_name("model.old")).parent / "model.writing"
+    ).mkdir()  # between two renames
     with pytest.raises(RuntimeError, match="disk full"), whole_folder(folder) as aside:
         assert m.load_pretrained(folder).config == tiny_config()  # the old one
         (aside / "config.json").write_text("half")
