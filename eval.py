@@ -5,7 +5,7 @@ abilities (2410.02660, section 2): recall, re-ranking of passages, learning from
 A task makes contexts of the length asked for, and questions about them:
 
     context                                          question                       answer  depth
-    {"58c1..": "f90a..", "07be..": "4d21..", ...}    Key: 07be.. Corresponding value: 4d21..  0.2
+    {"58c1..": "f90a..", "07be..": "4d21..", ...}    Key: 07be.. Its value:         4d21..    0.2
     <begin> import os ~QX7KA def main(): ~CPLM3 ...  ?C                             PLM3      0.7
 
 The first is for any model. The second is the same task in special tokens of the tokenizer "bytes",

@@ -3,14 +3,15 @@
     python experiments/faults.py                              30 kills each, 500 mutations
     python experiments/faults.py --kills 0 --mutations 100    what the everyday tests run
 
-**Kills.** A run of two stages and 60 steps that saves every third is killed with SIGKILL at a random
-moment, half of the time while it writes a checkpoint. Of two ranks sometimes only one is killed, and
+**Kills.** A run of two stages and 60 steps that saves every third is killed with SIGKILL at some
+moment, half of the time while it writes a checkpoint. Of two ranks sometimes one is killed, and
 the other must end by itself. No checkpoint may be damaged or lost. The run is resumed, and killed
 again, until it ends: with the weights, moments and log of an undisturbed run, bit for bit.
 
-**Mutations.** Files as a stranger could send them: cut, bits flipped, keys twice, wrong types, endless
-nesting, paths that lead elsewhere. Each must load as the original does, or end in ValueError, in less
-than 5 s and 1 GiB. (We flip no bits of safetensors: among a tensor's numbers nothing would show it.)
+**Mutations.** Files as a stranger could send them: cut, bits flipped, keys twice, wrong types,
+endless nesting, paths that lead elsewhere. Each must load as the original does, or end in
+ValueError, in less than 5 s and 1 GiB. (We flip no bits of safetensors: among a tensor's numbers
+nothing would show it.)
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def train_and_kill(run: Path, world: int, options: dict[str, Any], moment: float
 
 
 def kill_runs(world: int, kills: int, root: Path, rng: random.Random) -> dict[str, Any]:
-    """Kill until it has been done `kills` times; each run is resumed until it ends, and compared."""
+    """Kill `kills` times; each run is resumed until it ends, and compared with an undisturbed."""
     options: dict[str, Any] = {"recipe": "faults", "eval": False, "save_every": 3}
     begin, seen = time.monotonic(), Counter[str]()
     train_and_kill(root / "whole", world, options, None, rng, seen)

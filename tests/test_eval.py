@@ -1,6 +1,6 @@
 """Evaluation: examples are what they say, scores are those published, uncertainty is not hidden.
 
-An oracle that reads the answer out of the prompt scores 1 on every task, and a guesser scores chance.
+An oracle that reads the answer out of the prompt scores 1 on every task; a guesser scores chance.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 
 import data
@@ -21,10 +22,8 @@ import eval as evaluation
 import train
 from eval import Example, Question
 from model import Transformer, init_parallel, preset_config, save_pretrained
-from support import scores, tasks, toy
+from support import tasks, toy
 
-PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-           r"|\s*[\r\n]+|\s+(?!\S)|\s+")  # how Llama-3 cuts text before merging bytes
 TEXT = evaluation.GROUPS["text"]
 TOKENS = ["recall_bare", "recall", "icl"]
 
@@ -36,21 +35,12 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def bpe():
-    """A small tokenizer of Llama-3's kind, trained on real code."""
-    import tiktoken
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(PATTERN), "isolated"), pre_tokenizers.ByteLevel(False, True, False)])
-    trained.train_from_iterator(evaluation.code_lines()[:4000], trainers.BpeTrainer(
-        vocab_size=3000, show_progress=False, initial_alphabet=alphabet))
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # these bytes are themselves
-    others = [b for b in range(256) if b not in printable]
-    letters = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-    ranks = {bytes(letters[c] for c in token): i for token, i in trained.get_vocab().items()}
-    encoding = tiktoken.Encoding("bpe", pat_str=PATTERN, mergeable_ranks=ranks,
+    """A small tokenizer like GPT-2's: bytes, and the pairs of letters that code has most often."""
+    text = "\n".join(evaluation.code_lines()[:4000]).encode()
+    pairs = Counter(pair for pair in pairwise(text) if bytes(pair).isalpha()).most_common(500)
+    ranks = {bytes([i]): i for i in range(256)} | {
+        bytes(pair): 256 + i for i, (pair, _) in enumerate(pairs)}
+    encoding = tiktoken.Encoding("bpe", pat_str=r"\p{L}+|[^\p{L}]", mergeable_ranks=ranks,
                                  special_tokens={"<|endoftext|>": len(ranks)})
     return data.Tokenizer("bpe", encoding, "<|endoftext|>", "<|endoftext|>")
 
@@ -60,8 +50,8 @@ def model(tokenizer):
     return Transformer(preset_config("tiny", tokenizer.vocab_size)).init_weights(0)
 
 
-def make(tokenizer, name: str, length: int, n: int, seed: int = 0, questions: int = 1) -> list[Example]:
-    return evaluation.TASKS[name].examples(tokenizer, length, n, questions, seed)
+def make(tokenizer, name: str, length: int, n: int, questions: int = 1) -> list[Example]:
+    return evaluation.TASKS[name].examples(tokenizer, length, n, questions, 0)
 
 
 def text_of(tokenizer, example: Example) -> str:
@@ -76,26 +66,22 @@ def text_of(tokenizer, example: Example) -> str:
 def test_examples_in_special_tokens_fill_the_length_and_hold_their_answers(tokenizer, task, length):
     """Context, question and answer fit the length; the answer stands where the depth says."""
     shared = evaluation.TASKS[task].shared
-    examples = make(tokenizer, task, length, 4, questions=shared)
-    assert [len(e.questions) for e in examples] == [shared] * 4
-    for example in examples:
+    for example in make(tokenizer, task, length, 4, questions=shared):
         text = example.context_ids.tolist()
-        assert text[0] == tokenizer.bos_id
+        assert text[0] == tokenizer.bos_id and len(example.questions) == shared
         for q in example.questions:
             answer = tokenizer.encode_with_specials(q.answers[0]).tolist()
             total = len(text) + len(q.prompt_ids) + len(answer)
-            assert total == length if task != "icl" else length - toy.ICL_LINE <= total <= length
             if task == "icl":
-                lines = [text[i:i + toy.ICL_LINE] for i in range(1, len(text), toy.ICL_LINE)]
-                topic = next(row for row in toy.TOPICS.tolist() if q.prompt_ids[1] in row)
-                labels = {line[2] for line in lines if line[1] in topic}
-                assert labels == set(answer)
+                assert length - toy.ICL_LINE <= total <= length
+                lines = np.array(text[1:]).reshape(-1, toy.ICL_LINE)
+                topic = next(row for row in toy.TOPICS if q.prompt_ids[1] in row)
+                assert set(lines[np.isin(lines[:, 1], topic), 2]) == set(answer)
             else:
-                start = round(q.depth * (len(text) - 1)) + 1
                 pair = [toy.PAIR, int(q.prompt_ids[1]), *answer]
-                assert text[start:start + toy.PAIR_LEN] == pair
-                marks = [i for i in range(len(text)) if text[i:i + 2] == pair[:2]]
-                assert marks == [start]  # one place only: no accidental second answer
+                start = round(q.depth * (len(text) - 1)) + 1
+                assert total == length and text[start:start + toy.PAIR_LEN] == pair
+                assert [i for i in range(len(text)) if text[i:i + 2] == pair[:2]] == [start]
 
 
 def test_contexts_come_from_packages_that_are_never_trained_on(tokenizer):
@@ -106,20 +92,20 @@ def test_contexts_come_from_packages_that_are_never_trained_on(tokenizer):
     assert not any(row.astype(np.uint8).tobytes() in train_bytes for row in window)
 
 
-def check_examples(tokenizer, name: str, length: int, n: int) -> None:
-    """What every text task promises, on `n` samples."""
-    seen = set()
-    for example in make(tokenizer, name, length, n):
+@pytest.mark.parametrize("name", TEXT)
+@pytest.mark.parametrize("kind, length", [("bytes", 5000), ("bpe", 4000)])
+def test_text_examples_are_what_they_say(tokenizer, bpe, name, kind, length):
+    """With two tokenizers: length, depths, demonstrations, and no two alike."""
+    tokenizer, seen = tokenizer if kind == "bytes" else bpe, set()
+    for example in make(tokenizer, name, length, 10):
         (q,) = example.questions
         total = len(example.context_ids) + len(q.prompt_ids) + example.budget
-        assert 0.97 * length <= total <= length, (name, total)
+        assert 0.97 * length <= total <= length, total
         text, prompt = text_of(tokenizer, example), tokenizer.decode(q.prompt_ids)
-        assert len(q.answers) > 0 and len(set(q.answers)) == len(q.answers)
-        assert all(answer in text for answer in q.answers)
+        assert len(set(q.answers)) == len(q.answers) and all(answer in text for answer in q.answers)
         if q.depth is not None:
-            place = round(q.depth * len(text))
-            assert text[place:place + len(q.answers[0])] == q.answers[0]
-        assert not any(answer in prompt for answer in q.answers) or "icl" in name or "rerank" in name
+            assert text[round(q.depth * len(text)):].startswith(q.answers[0])
+        assert "icl" in name or "rerank" in name or not any(a in prompt for a in q.answers)
         assert example.budget >= len(tokenizer.encode(", ".join(q.answers)))
         if name == "json_kv":
             context, _, after = text.partition("}")
@@ -128,47 +114,20 @@ def check_examples(tokenizer, name: str, length: int, n: int) -> None:
             assert len(demos) == 2 and all(pairs[key] == value for key, value in demos)
             assert q.answers[0] not in after and not any(key in prompt for key, _ in demos)
         seen.add((text, prompt))
-    assert len(seen) == n  # no two alike
-
-
-@pytest.mark.parametrize("name", TEXT)
-def test_text_examples_are_what_they_say(tokenizer, bpe, name):
-    """With two kinds of tokenizer: length, depths, demonstrations."""
-    check_examples(tokenizer, name, 5000, 10)
-    check_examples(bpe, name, 3000, 10)
+    assert len(seen) == 10
 
 
 def test_labels_are_dealt_anew_and_examples_balanced(bpe):
-    """The same class has different numbers in different contexts; every round has every class once."""
+    """The same class has different numbers in different contexts; a round has every class once."""
     mappings = set()
-    for example in make(bpe, "icl_6", 3000, 20):
-        parts = text_of(bpe, example).split("\n\n")
-        lines = [line.split("\nlabel: ") for line in parts if "label: " in line]
-        labels = [int(label) for _, label in lines]
+    for example in make(bpe, "icl_6", 1500, 20):
+        labels = [int(label) for label in re.findall(r"\nlabel: (\d)", text_of(bpe, example))]
         for i in range(0, len(labels) - 5, 6):
             assert sorted(labels[i:i + 6]) == list(range(6))
         asked = bpe.decode(example.questions[0].prompt_ids).split("\n")[2]
-        assert asked and asked not in [text for text, _ in lines]
-        words = [re.search(r"(?:a|the|your|My) ([a-z]{6})", text)[1] for text, _ in lines]
-        assert len(set(zip(words, labels, strict=True))) == 6  # a class has one label here
+        assert asked and f"\n\n{asked}\nlabel" not in text_of(bpe, example)
         mappings.add(tuple(labels[:6]))
     assert len(mappings) > 15
-
-
-def test_frequent_words_have_no_ties_and_common_words_their_counts(tokenizer):
-    """Ranks 2, 3 and 4 are each strictly more frequent than the next; the noise more than all."""
-    for example in make(tokenizer, "frequent_words", 5000, 10):
-        counts = Counter(text_of(tokenizer, example).split("\n")[1].split())
-        (noise, most), *rest = counts.most_common(5)
-        assert noise == "..." and [word for word, _ in rest[:3]] == list(example.questions[0].answers)
-        numbers = [most, *(count for _, count in rest)]
-        assert all(a > b for a, b in pairwise(numbers))
-    for length, often, seldom in ((3000, 6, 1), (8192, 30, 3)):
-        for example in make(tokenizer, "common_words", length, 3):
-            words = re.findall(r"\d+\. (\w+)", text_of(tokenizer, example).split("\n\n")[1])
-            counts = Counter(words)
-            assert {counts[word] for word in example.questions[0].answers} == {often}
-            assert sorted(set(counts.values())) == [seldom, often]
 
 
 def test_depths_are_spread_evenly(tokenizer):
@@ -176,54 +135,6 @@ def test_depths_are_spread_evenly(tokenizer):
     depths = [q.depth for e in make(tokenizer, "needle", 3000, 40) for q in e.questions]
     counts, _ = np.histogram(depths, bins=5, range=(0, 1))
     assert all(5 <= count <= 11 for count in counts), depths
-
-
-# --- Scorers ---
-
-
-@pytest.mark.parametrize("score, written, answers, expected", [
-    # HELMET, substring_exact_match: lower case, no punctuation, no articles, any answer
-    (scores.contains, " The Eiffel-Tower!", ["eiffeltower"], 1),
-    (scores.contains, "It is the  answer, forty\ttwo.", ["answer forty-two", "43"], 0),
-    (scores.contains, "It is the  answer, forty\ttwo.", ["answer, Forty two"], 1),
-    (scores.contains, "b", ["a", "B"], 1),  # "a" is an article, and nothing is in everything
-    (scores.contains, "theatre", ["atre"], 1),  # articles are whole words
-    # HELMET, exact_match on what follows the cue, or on the first line
-    (scores.exact_line, " 7\n\ntext", ["7"], 1),
-    (scores.exact_line, "label: Label: 7", ["7"], 1),
-    (scores.exact_line, "I say\nLabel: 12.\nlabel: 3", ["12"], 1),
-    (scores.exact_line, "\n7", ["7"], 0),
-    # RULER: share of the answers, any case; nothing else is normalized
-    (scores.fraction, "ABC, and def.", ["abc", "DEF", "ghi", "jkl"], 0.5),
-    (scores.fraction, "a-b", ["ab"], 0),
-    (scores.any_answer, "Paris or Rome", ["rome", "oslo"], 1),
-    (scores.any_answer, "Par is", ["paris"], 0),
-])
-def test_scores_are_those_of_helmet_and_ruler(score, written, answers, expected):
-    assert score(written, Question(np.zeros(1), tuple(answers))) == expected
-
-
-@pytest.mark.parametrize("written, ranking", [
-    (" ID3 > ID1 > ID2", ["3", "1", "2"]), ("[ID: 12] > [ID: 7]", ["12", "7"]),
-    ("3>1>3>2", ["3", "1", "2"]), ("Of 2025: 5 > 6 > 7 and 8 > 9", ["5", "6", "7"]),
-    ("no idea", []), ("17", ["17"]), ("4 > 5 >", ["4", "5"]),
-])
-def test_rankings_are_read_as_helmet_does(written, ranking):
-    """The longest chain; a passage named twice counts where it came first."""
-    assert scores.parse_ranking(written) == ranking
-
-
-@pytest.mark.parametrize("ranking, expected", [
-    (["a", "b", "c", "d"], 1.0),
-    (["a", "c", "b", "d"], 1.0),  # b and c are equally relevant: a tie, either order is ideal
-    (["b", "a", "c"], (2 + 3 / np.log2(3) + 2 / 2) / (3 + 2 / np.log2(3) + 2 / 2)),
-    (["x", "a"], 3 / np.log2(3) / (3 + 2 / np.log2(3) + 2 / 2)),  # one that is not there has a rank
-    (["d"] * 1, 0.0), ([], 0.0),
-    ([*"efghijklmn", "a"], 0.0),  # eleventh: not among the ten
-])
-def test_ndcg(ranking, expected):
-    """By hand, with gains linear in the relevance, as trec_eval has it."""
-    assert scores.ndcg(ranking, {"a": 3, "b": 2, "c": 2, "d": 0}) == pytest.approx(expected)
 
 
 # --- An oracle, and a guesser ---
@@ -234,39 +145,36 @@ def solve(name: str, text: str, prompt: str) -> str:
     symbol = r"<\|[A-Z2-7]\|>"
     if name == "icl":
         labels = dict(re.findall(rf"<\|pair\|>({symbol})({symbol})", text))
-        asked = data.load_tokenizer().special_id(re.search(symbol, prompt)[0])
-        topic = next(row for row in toy.TOPICS.tolist() if asked in row)
-        return next(labels[s] for i in topic if (s := data.load_tokenizer().decode([i])) in labels)
+        letters = [toy.SYMBOL_NAMES[i:i + 4] for i in range(0, 24, 4)]  # of each topic
+        topic = next(row for row in letters if re.search(symbol, prompt)[0][2] in row)
+        return next(labels[f"<|{c}|>"] for c in topic if f"<|{c}|>" in labels)
     if name.startswith("recall"):
-        key = re.search(rf"<\|ask\|>({symbol})", prompt)[1]
-        return re.search(rf"<\|pair\|>{re.escape(key)}((?:{symbol})+)", text)[1]
+        key = re.escape(re.search(rf"<\|ask\|>({symbol})", prompt)[1])
+        return re.search(rf"<\|pair\|>{key}((?:{symbol})+)", text)[1]
     if name == "json_kv":
         key = re.search(r"Key: (\S+)", prompt)[1]
         return re.search(f'"{key}": "(.*?)"', text)[1]
     if "secret" in prompt:
         keys = re.findall(r"[\w-]+", re.search(r"secret \w+ of (.*)\? In", prompt)[1])
-        return " ".join(v for k in keys
-                        for v in re.findall(rf"secret \w+ of {k} is ([\w-]+)\.", text))
+        return " ".join(value for key in keys
+                        for value in re.findall(rf"secret \w+ of {key} is ([\w-]+)\.", text))
     if name == "variables":
         value = {}
         for left, right in re.findall(r"([A-Z]+) = (?:VAR )?(\w+)\.", text):
             value[left] = value.get(right, right)
         return " ".join(k for k, v in value.items() if v == re.search(r"\d+", prompt)[0])
-    if name == "common_words":
-        counts = Counter(re.findall(r"\d+\. (\w+)", text.split("\n\n")[-1]))
-        return " ".join(word for word, _ in counts.most_common(10))
-    if name == "frequent_words":
-        words = re.sub(re.escape(tasks.FILLER), "", text).split("\n")[-1].split()
-        counts = Counter(w for w in words if re.fullmatch("[a-z]{6}", w))
-        return " ".join(word for word, _ in counts.most_common(3))
+    if name.endswith("_words"):
+        form = r"\d+\. (\w+)" if name == "common_words" else r"\b[a-z]{6}\b"
+        counts = Counter(re.findall(form, text.split("Remember")[-1].split("below.\n")[-1]))
+        return " ".join(word for word, _ in counts.most_common(10 if "common" in name else 3))
     if name.startswith("icl"):
         known = set(re.findall(r"\w+", " ".join(tasks.ICL_TEXTS)))
         words = re.findall(r"\w+", prompt)
-        thing = next(w for w in words if w not in known and w[:6] not in known)
-        return " " + re.search(rf"{thing[:6]}[^\n]*\nlabel: (\d+)", text)[1] + "\n\nmore"
+        thing = next(word[:6] for word in words if not {word, word[:6]} & known)
+        return " " + re.search(rf"{thing}[^\n]*\nlabel: (\d+)", text)[1] + "\n\nmore"
     if name == "rerank":
         passages = re.findall(r"\[ID: (\d+)\](.*)", text)
-        wanted = set(re.findall(r"\b[a-z]{4}\b", prompt)) - {"Who", "came", "from", "sell", "fair"}
+        wanted = set(re.findall(r"\b[a-z]{4}\b", prompt)) - {"came", "from", "sell", "fair"}
         ranked = sorted(passages, key=lambda p: -len(wanted & set(re.findall(r"\w+", p[1]))))
         return " ID" + " > ID".join(number for number, _ in ranked[:10])
     for fact, question in tasks.FACTS:
@@ -276,7 +184,7 @@ def solve(name: str, text: str, prompt: str) -> str:
     raise AssertionError(name)
 
 
-def guess(rng: np.random.Generator, name: str, question: Question, text: str) -> str:
+def guess(rng: np.random.Generator, name: str, question: Question) -> str:
     """An answer of the right form: a label, a ranking, or letters and digits like those wanted."""
     if name.startswith("icl_"):
         return str(rng.integers(round(1 / question.chance)))
@@ -284,8 +192,8 @@ def guess(rng: np.random.Generator, name: str, question: Question, text: str) ->
         return " > ".join(rng.permutation(list(question.relevance))[:10])
     if name == "icl":
         return f"<|{rng.choice(list('234567'))}|>"
-    return " ".join("".join(str(rng.integers(10)) if c.isdigit() else chr(rng.integers(97, 123))
-                            if c.isalpha() else c for c in answer) for answer in question.answers)
+    letters = {c: chr(rng.integers(97, 123)) for c in " ".join(question.answers) if c.isalnum()}
+    return " ".join("".join(letters.get(c, c) for c in answer) for answer in question.answers)
 
 
 @pytest.mark.parametrize("name", [*TOKENS, *TEXT])
@@ -293,13 +201,13 @@ def test_an_oracle_scores_one_and_a_guesser_chance(tokenizer, bpe, monkeypatch, 
     """Through the whole runner: who reads the answer out of the prompt is always right, and who
     guesses is right as often as the table says, within the interval."""
     tokenizer = tokenizer if name in TOKENS else bpe
-    length = 160 if name == "recall_bare" else 1024 if name in TOKENS else 2500
+    length = 160 if name == "recall_bare" else 1024 if name in TOKENS else 4000
     rng = np.random.default_rng(0)
 
     def answer(model, tokenizer, example, exact, parallel):
         text = tokenizer.decode(example.context_ids)
         return [solve(name, text, tokenizer.decode(q.prompt_ids)) if knows
-                else guess(rng, name, q, text) for q in example.questions]
+                else guess(rng, name, q) for q in example.questions]
 
     monkeypatch.setattr(evaluation, "answer_questions", answer)
     for knows, n in ((True, 12), (False, 96)):
@@ -312,7 +220,7 @@ def test_an_oracle_scores_one_and_a_guesser_chance(tokenizer, bpe, monkeypatch, 
 
 
 def sharp_model(tokenizer) -> Transformer:
-    """One that is sure of itself, and likes to answer with labels: a few ICL answers come out right."""
+    """One that is sure of itself and likes labels: a few ICL answers come out right."""
     config = dataclasses.replace(preset_config("tiny", tokenizer.vocab_size), n_layers=1)
     model = Transformer(config).init_weights(6).to(torch.float64)
     with torch.no_grad():
@@ -347,7 +255,7 @@ def test_teacher_forcing_agrees_with_greedy_decoding(tokenizer, task, length):
 def test_questions_do_not_see_each_other(tokenizer):
     """The cache is cut back: each question is answered as if it were the only one."""
     model = sharp_model(tokenizer)
-    for name, length in (("recall", 256), ("qa", 3000)):
+    for name, length in (("recall", 256), ("qa", 1000)):
         (example,) = make(tokenizer, name, length, 1, questions=3)
         together = evaluation.answer_questions(model, tokenizer, example, exact=False)
         alone = [evaluation.answer_questions(model, tokenizer, dataclasses.replace(
@@ -356,12 +264,12 @@ def test_questions_do_not_see_each_other(tokenizer):
 
 
 def options(folder, **changes):
-    return evaluation.EvalConfig(**{"model": str(folder), "tasks": "recall,qa", "lengths": "256,1k",
-                                    "samples": 16, "bpb_length": 256, **changes})
+    small = {"tasks": "recall,icl", "lengths": "256,512", "samples": 16, "bpb_length": 256}
+    return evaluation.EvalConfig(model=str(folder), **(small | changes))
 
 
 def test_a_stopped_evaluation_goes_on_where_it_was(model, tmp_path, monkeypatch):
-    """What was answered is not asked again, a half-written line is; the results are the same."""
+    """We ask again only what was half written; the results are the same."""
     honest, calls, stop = evaluation.answer_questions, [], None
 
     def counted(*args):
@@ -371,14 +279,13 @@ def test_a_stopped_evaluation_goes_on_where_it_was(model, tmp_path, monkeypatch)
         return honest(*args)
 
     monkeypatch.setattr(evaluation, "answer_questions", counted)
-    config = options(tmp_path, tasks="recall,icl")
+    config = options(tmp_path, samples=40)
     whole = evaluation.evaluate(model, config, "m")
     asked, stop, path = len(calls), 3, tmp_path / "out" / "predictions.jsonl"
     calls.clear()
     with pytest.raises(KeyboardInterrupt):
         evaluation.evaluate(model, config, "m", predictions=path)
-    lines = path.read_text().splitlines()
-    assert len(lines) == 3  # the settings, and two contexts
+    lines = path.read_text().splitlines()  # the settings, and two contexts
     path.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:20])
     stop = None
     calls.clear()
@@ -391,11 +298,11 @@ def test_a_stopped_evaluation_goes_on_where_it_was(model, tmp_path, monkeypatch)
 
 
 def test_local_files_in_every_known_format(tokenizer, model, tmp_path):
-    """RULER's, JSON pairs, passages, re-ranking and ICL lines: asked and scored by their rules."""
+    """RULER's, JSON pairs, passages, re-ranking and ICL lines: scored by their rules."""
     ctxs = [{"id": str(i), "title": f"T{i}", "text": f"text {i}", "label": i % 3} for i in range(5)]
     ndcg = (2 + 1 / np.log2(3) + 1 / 2) / (2 + 1 / np.log2(3) + 1 / 2)
     files = {
-        "niah": ({"input": "What are one and two?", "outputs": ["1", "2"]}, "1 and nothing else", 0.5),
+        "niah": ({"input": "What are 1 and 2?", "outputs": ["1", "2"]}, "1 and no more", 0.5),
         "qa_1": ({"input": "Who?", "outputs": ["Ann", "Bob"], "answer_prefix": " A:"}, "bob", 1),
         "kv": ({"context": '{"k": "v"}', "question": "k", "answer": "v",
                 "demos": [["a", "b"], ["c", "d"]]}, "V.", 1),
@@ -435,7 +342,7 @@ def parallel_work(rank: int, world: int, port: int, folder: str) -> None:
     parallel = init_parallel(world)
     tokenizer = data.load_tokenizer()
     model = sharp_model(tokenizer)
-    config = options(folder, tasks="recall,icl", lengths="301", bpb_length=301)
+    config = options(folder, lengths="301", bpb_length=301)
     path = Path(folder) / "predictions.jsonl"
     done = evaluation.evaluate(model, config, "m", parallel, path)
     if rank == 0:  # as if it had been stopped half-way
@@ -458,10 +365,8 @@ def test_ranks_that_share_every_text_write_the_same(tokenizer, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(parallel_work, (2, port, str(tmp_path)), nprocs=2)
-    found = json.loads((tmp_path / "parallel.json").read_text())
-    config = options(tmp_path, tasks="recall,icl", lengths="301", bpb_length=301)
-    model = sharp_model(tokenizer)
-    alone = evaluation.evaluate(model, config, "m")
+    found, model = json.loads((tmp_path / "parallel.json").read_text()), sharp_model(tokenizer)
+    alone = evaluation.evaluate(model, options(tmp_path, lengths="301", bpb_length=301), "m")
     assert found["results"] == json.loads(json.dumps(alone["results"]))
     for a, b in zip(found["bits_per_byte"], alone["bits_per_byte"], strict=True):
         assert a["bytes"] == b["bytes"]
@@ -505,7 +410,7 @@ def test_wilson_interval(correct, n, low, high):
 
 
 def test_questions_that_go_together_count_less():
-    """Ten contexts whose questions are all right or all wrong are worth ten questions, not a hundred."""
+    """Ten contexts that are all right or all wrong are worth ten questions, not a hundred."""
     together = evaluation.interval([[1.0] * 10] * 6 + [[0.0] * 10] * 4)
     independent = evaluation.interval([[1.0]] * 60 + [[0.0]] * 40)
     ten = evaluation.wilson_interval(6, 10)
@@ -513,73 +418,16 @@ def test_questions_that_go_together_count_less():
     assert independent == pytest.approx(evaluation.wilson_interval(60, 100), abs=0.003)
 
 
-@pytest.mark.parametrize("wins, losses, p", [(0, 0, 1.0), (5, 0, 0.0625), (6, 1, 0.125), (10, 2, 0.03857),
-                                             (3, 3, 1.0)])
-def test_paired_test_is_mcnemars_for_right_or_wrong(wins, losses, p):
-    """The exact binomial, by hand; ties play no part."""
-    differences = [1.0] * wins + [-1.0] * losses + [0.0] * 20
-    assert scores.paired_p_value(differences) == pytest.approx(p, abs=1e-4)
-
-
-def test_paired_test_of_graded_scores():
-    """Random sign flips come near the exact share of all 2^n, and keep to 5% where nothing differs."""
-    d = [0.5, 0.25, -0.1, 0.4, 0.3, 0.2]
-    flips = [abs(sum(x if bits >> i & 1 else -x for i, x in enumerate(d))) >= sum(d) - 1e-9
-             for bits in range(64)]
-    assert scores.paired_p_value(d) == pytest.approx(sum(flips) / 64, abs=0.01)
-    rng = np.random.default_rng(0)
-    false = sum(scores.paired_p_value(rng.normal(size=20).tolist()) <= 0.05 for _ in range(200))
-    assert false <= 20  # 10 expected; 20 is three standard errors more
-
-
-def evaluation_of(scores: dict[str, list[float]], name: str) -> dict:
-    rows = []
-    for task, values in scores.items():
-        predictions = [{"context": i, "prompt": "p", "answers": ["a"], "score": s}
-                       for i, s in enumerate(values)]
-        rows.append({"task": task, "length": 1024, "category": task, "score": float(np.mean(values)),
-                     "n": len(values), "low": 0.0, "high": 1.0, "chance": 0.0, "predictions": predictions,
-                     "by_depth": [None]})
-    return {"model": name, "results": rows, "bits_per_byte": []}
-
-
-def test_comparison_finds_the_real_differences(tmp_path, monkeypatch, capsys):
-    """20 of 20 against none is real; 6 wins against 1 is not; unlike questions are refused."""
-    a = evaluation_of({"x": [0.0] * 20, "y": [0.0] * 6 + [1.0] * 14, "z": [0.5] * 20}, "before")
-    b = evaluation_of({"x": [1.0] * 20, "y": [1.0] * 6 + [0.0] + [1.0] * 13, "z": [0.5] * 20}, "after")
-    rows = scores.compare(a, b)
-    assert [row["real"] for row in rows] == [True, False, False]
-    assert [row["p"] for row in rows] == pytest.approx([2 / 2**20, 0.125, 1.0])
-    assert rows[1]["low"] < rows[1]["difference"] < rows[1]["high"]
-    for result in (a, b):
-        evaluation.save_evaluation(result, tmp_path)
-    paths = f"{tmp_path}/before.json,{tmp_path}/after.json"
-    monkeypatch.setattr("sys.argv", ["eval.py", "--compare", paths])
-    evaluation.main()
-    assert "real: 1 of 3" in capsys.readouterr().out
-    assert (tmp_path / "before-after.png").stat().st_size > 10_000
-    b["results"][1]["predictions"][3]["answers"] = ["another"]
-    with pytest.raises(ValueError, match=r"same questions \(y at 1024\)"):
-        scores.compare(a, b)
-
-
 def test_another_tokenizer_has_text_tasks(tokenizer, bpe):
     """A model with its own tokenizer is asked in text; recall in special tokens is refused."""
-    plan = evaluation.plan_jobs
-    assert {task for task, *_ in plan(evaluation.EvalConfig(), bpe)} == set(TEXT)
-    assert [task for task, *_ in plan(evaluation.EvalConfig(lengths="512"), tokenizer)] == TOKENS
+    plan, config = evaluation.plan_jobs, evaluation.EvalConfig
+    assert {task for task, *_ in plan(config(), bpe)} == set(TEXT)
+    assert [task for task, *_ in plan(config(lengths="512"), tokenizer)] == TOKENS
     for name in ("recall", "icl"):
         with pytest.raises(ValueError, match="tokenizer 'bytes'"):
-            plan(evaluation.EvalConfig(tasks=name), bpe)
-    few = evaluation.EvalConfig(tasks="icl", lengths="4k,8k", samples=100, long_samples=25)
+            plan(config(tasks=name), bpe)
+    few = config(tasks="icl", lengths="4k,8k", samples=100, long_samples=25)
     assert plan(few, tokenizer) == [("icl", 4096, 100), ("icl", 8192, 25)]
-
-
-def test_macro_average_is_of_categories():
-    """Two tasks of one category weigh as much as one of another; lengths that lack a task have none."""
-    rows = [{"task": t, "length": n, "category": c, "score": s} for t, n, c, s in (
-        ("a", 1, "recall", 1.0), ("b", 1, "recall", 0.0), ("c", 1, "icl", 1.0), ("a", 2, "recall", 1.0))]
-    assert evaluation.macro_averages(rows) == {1: 0.75}
 
 
 def test_bits_per_byte_of_a_model_that_knows_nothing(tokenizer):
@@ -600,8 +448,8 @@ def test_bits_per_byte_of_a_model_that_knows_nothing(tokenizer):
 def test_command_line_writes_results_and_pictures(model, tmp_path, monkeypatch, capsys):
     """A model folder in; a table, a JSON with every prediction and figures out."""
     save_pretrained(model, tmp_path / "model")
-    monkeypatch.setattr("sys.argv", ["eval.py", "--model", str(tmp_path / "model"), "--lengths", "256,512",
-                                     "--samples", "16", "--tasks", "recall,icl",
+    monkeypatch.setattr("sys.argv", ["eval.py", "--model", str(tmp_path / "model"), "--lengths",
+                                     "256,512", "--samples", "16", "--tasks", "recall,icl",
                                      "--bpb-length", "256"])
     evaluation.main()
     out = capsys.readouterr().out
@@ -609,26 +457,21 @@ def test_command_line_writes_results_and_pictures(model, tmp_path, monkeypatch, 
     saved = json.loads((tmp_path / "model" / "eval" / "model.json").read_text())
     assert saved["model"] == "model" and len(saved["results"]) == 4
     for row in saved["results"]:
-        assert {"task", "length", "score", "n", "low", "high", "chance"} <= row.keys()
-        assert 0 <= row["low"] <= row["score"] <= row["high"] <= 1 and len(row["predictions"]) == row["n"]
+        assert 0 <= row["low"] <= row["score"] <= row["high"] <= 1
+        assert len(row["predictions"]) == row["n"] and {"task", "length", "chance"} <= row.keys()
     for name in ("model.png", "model-depth.png"):
         assert (tmp_path / "model" / "eval" / name).stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ([], "--model is missing"),
-    (["--model", "nowhere"], "nowhere"),
-    (["--tasks", "poetry"], "poetry"),
-    (["--lengths", "12q"], "12q"),
+    ([], "--model is missing"), (["--model", "nowhere"], "nowhere"),
+    (["--tasks", "poetry"], "poetry"), (["--lengths", "12q"], "12q"),
     (["--lengths", "64", "--tasks", "recall"], "64"),
     (["--lengths", "256", "--tasks", "json_kv"], "json_kv needs .* tokens at the least"),
-    (["--dtype", "float8"], "float8"),
-    (["--compare", "one.json"], "must name two"),
-    (["--data", "gone.jsonl"], "gone.jsonl"),
-    (["--data", "gone.jsonl", "--lengths", "12q"], "12q"),
-])
+    (["--dtype", "float8"], "float8"), (["--compare", "one.json"], "must name two"),
+    (["--data", "gone.jsonl"], "gone.jsonl")])
 def test_bad_input_is_one_clear_error(model, tmp_path, monkeypatch, arguments, words):
-    """Each names what was wrong, and ends as an error that a script turns into one line and code 2."""
+    """Each names what was wrong, in an error that a script turns into one line and code 2."""
     save_pretrained(model, tmp_path / "model")
     if arguments and "--model" not in arguments:
         arguments = ["--model", str(tmp_path / "model"), *arguments]

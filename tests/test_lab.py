@@ -262,7 +262,7 @@ def test_a_program_that_fails_says_why(tmp_path):
     arms = {"x": lab.Arm("train.py --stage nonsense", 1)}
     finding = replace(run.FINDINGS["rope-base"], arms=arms)
     place = lab.Lab(tmp_path, small_start(tmp_path / "starts"))
-    with pytest.raises(RuntimeError, match="(?s)train.py --stage nonsense.*'nonsense' is unknown"):
+    with pytest.raises(RuntimeError, match=r"(?s)train.py --stage nonsense.*'nonsense' is unknown"):
         lab.run_finding(finding, [0], place, "")
 
 

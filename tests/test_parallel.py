@@ -1,13 +1,13 @@
 """Many ranks compute what one rank computes: losses, gradients, steps, checkpoints and refusals.
 
-The reference is one process without FSDP and with attention's mask written out. It sees the whole batch;
-the ranks see it dealt over a grid (dp, sp). Both use float64, so that agreement means 1e-12 and a mistake
-of one token, one head or one factor cannot hide behind rounding.
+The reference is one process without FSDP and with attention's mask written out. It sees the whole
+batch; the ranks see it dealt over a grid (dp, sp). Both use float64, so that agreement means 1e-12
+and no mistake of one token, one head or one factor can hide behind rounding.
 
-How it runs: a world of P ranks is spawned once (torch.multiprocessing, gloo, a FileStore: no ports), works
-through all of its checks and leaves what it measured in one small JSON file per rank. The tests below only
-read those numbers, so a failure names its world, its grid, its pack and its parameter. Worlds run in the
-order 2, 4, 1, 8, because each reads a checkpoint of one before it. P = 8 is marked slow.
+A world of P ranks is spawned once (torch.multiprocessing, gloo, a FileStore: no ports), works
+through all of its checks and leaves what it measured in one small JSON file per rank. The tests
+only read those, so a failure names its world, grid, pack and parameter. Worlds run in the order 2,
+4, 1, 8, because each reads a checkpoint of one before it. P = 8 is marked slow.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ GRIDS = {1: [(1, 1)], 2: [(2, 1), (1, 2)], 4: [(4, 1), (2, 2), (1, 4)],
          8: [(8, 1), (4, 2), (2, 4), (1, 8)]}
 WORLDS = [2, 4, pytest.param(8, marks=pytest.mark.slow)]
 
-# --- 1. What is tried ---------------------------------------------------------------------------------
+# --- 1. What is tried -----------------------------------------------------------------------------
 
-PACKS = {  # of 48 tokens; the shares end at 24 (P = 2), at 12, 24, 36 (P = 4), at 6, 12, ... (P = 8)
+PACKS = {  # of 48 tokens; shares end at 24 (P = 2), at 12, 24, 36 (P = 4), at 6, 12, ... (P = 8)
     "fills_all": (48,),
     "over_three": (7, 29, 12),  # at P = 4 the 29 lies on ranks 0, 1 and 2
     "over_two": (5,) * 9 + (3,),  # every document is shorter than a share, and yet they cross
@@ -95,12 +95,14 @@ def grid_cases(world: int) -> list[tuple[str, str]]:
             if sp in valid_seq_parallel_sizes(*case.heads)]
 
 
-def make_model(heads: tuple[int, int] = (8, 2), tied: bool = False, dtype: torch.dtype = torch.float64,
+def make_model(heads: tuple[int, int] = (8, 2), tied: bool = False,
+               dtype: torch.dtype = torch.float64,
                backend: str = "auto") -> Transformer:
-    """A small Llama whose weights are large enough for attention to choose, and whose gains differ."""
+    """A small Llama with weights large enough for attention to choose, and gains that differ."""
     config = ModelConfig(VOCAB, DIM, n_layers=2, n_heads=heads[0], n_kv_heads=heads[1], head_dim=4,
                          ffn_dim=14, max_seq_len=S, tie_embeddings=tied)
-    model, generator = Transformer(config, backend).to(torch.float64), torch.Generator().manual_seed(0)
+    model = Transformer(config, backend).to(torch.float64)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim > 1:
@@ -129,11 +131,11 @@ def deal(sequences: list[PackedSequence], parallel: Parallel, per_batch: int = 1
             for ranks in arrange_step(sequences, parallel.dp_size, per_batch)]
 
 
-# --- 2. One process, and how the ranks are compared with it ---------------------------------------------
+# --- 2. One process, and how the ranks are compared with it ---------------------------------------
 
 
 def reference_step(case: Case, sequences: list[PackedSequence]) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of the whole step on one process: no FSDP, no ranks, the mask written out."""
+    """Loss and gradients of the step on one process: no FSDP, no ranks, the mask written out."""
     model = make_model(case.heads, case.tied, backend="reference")
     batches = [make_batch([sequence]) for sequence in sequences]
     sums = [model.loss(batch.input_ids, batch.labels, batch.doc_lens) for batch in batches]
@@ -151,7 +153,8 @@ class Catcher:
         self.model, self.gradients = model, {}
 
     def step(self) -> None:
-        self.gradients = {name: weight.grad.full_tensor() for name, weight in self.model.named_parameters()}
+        self.gradients = {name: weight.grad.full_tensor()
+                          for name, weight in self.model.named_parameters()}
 
     def zero_grad(self) -> None:
         self.model.zero_grad()
@@ -163,7 +166,7 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 
 
 def compare_with_reference(case: Case, parallel: Parallel, per_batch: int = 1) -> dict[str, float]:
-    """Relative differences of loss, norm and every gradient between train_step and the reference."""
+    """Relative differences of loss, norm and each gradient between train_step and reference."""
     n = parallel.dp_size * case.micro_batches * per_batch
     sequences = make_sequences(case.packs, n, trained=case.trained)
     loss, gradients = reference_step(case, sequences)
@@ -171,13 +174,14 @@ def compare_with_reference(case: Case, parallel: Parallel, per_batch: int = 1) -
 
     model = train.shard_model(make_model(case.heads, case.tied), parallel, torch.float64)
     catcher = Catcher(model)
-    result = train.train_step(model, catcher, deal(sequences, parallel, per_batch), 0.0, parallel, math.inf)
+    batches = deal(sequences, parallel, per_batch)
+    result = train.train_step(model, catcher, batches, 0.0, parallel, math.inf)
     return {"loss": abs(result.loss - loss) / (loss or 1.0),
             "grad_norm": abs(result.grad_norm - float(norm)) / (float(norm) or 1.0),
             **{name: difference(catcher.gradients[name], g) for name, g in gradients.items()}}
 
 
-# --- 3. The checks that need ranks ------------------------------------------------------------------------
+# --- 3. The checks that need ranks ----------------------------------------------------------------
 
 
 def random_qkv(heads: int, kv_heads: int, tokens: int = S) -> list[Tensor]:
@@ -188,17 +192,19 @@ def random_qkv(heads: int, kv_heads: int, tokens: int = S) -> list[Tensor]:
 
 
 def check_tempting_rule(parallel: Parallel) -> dict[str, float | bool]:
-    """Attention under the rule "no document is longer than a share, so don't exchange", and ours."""
+    """Attention under the rule "no document exceeds a share, so don't exchange", and ours."""
     doc_lens, share = PACKS["over_two"], S // parallel.sp_size
     mine = slice(parallel.sp_rank * share, (parallel.sp_rank + 1) * share)
     ends = torch.tensor((0, *doc_lens)).cumsum(0)
     q, k, v = random_qkv(8, 8)
     right = attention_reference(q, k, v, ends, max(doc_lens))[mine]
     q, k, v = q[mine], k[mine], v[mine]
-    cut = torch.cat((ends[(ends > mine.start) & (ends < mine.stop)] - mine.start, torch.tensor([0, share])))
+    inside = ends[(ends > mine.start) & (ends < mine.stop)] - mine.start
+    cut = torch.cat((inside, torch.tensor([0, share])))
     wrong = document_attention(q, k, v, cut.sort().values.int(), max(doc_lens))
     ours = ulysses_attention(q, k, v, ends.int(), max(doc_lens), parallel.sp_group)
-    return {"rule_holds": max(doc_lens) <= share, "crosses": crosses_ranks(doc_lens, parallel.sp_size),
+    return {"rule_holds": max(doc_lens) <= share,
+            "crosses": crosses_ranks(doc_lens, parallel.sp_size),
             "wrong": difference(wrong, right), "ours": difference(ours, right)}
 
 
@@ -223,7 +229,8 @@ def count_exchanged(parallel: Parallel, heads: int, kv_heads: int) -> list[int]:
     share = S // parallel.sp_size
     q, k, v = (x[:share].requires_grad_() for x in random_qkv(heads, kv_heads))
     with counter.patch:
-        out = ulysses_attention(q, k, v, torch.tensor([0, S], dtype=torch.int32), S, parallel.sp_group)
+        ends = torch.tensor([0, S], dtype=torch.int32)
+        out = ulysses_attention(q, k, v, ends, S, parallel.sp_group)
         forward = sum(counter.calls)
         out.sum().backward()
     return [forward, sum(counter.calls) - forward]
@@ -260,7 +267,7 @@ def whole_state(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[st
 
 def take_steps(model: Transformer, optimizer: torch.optim.Optimizer, parallel: Parallel, first: int,
                n: int) -> dict[str, Tensor]:
-    """Optimizer steps `first` ... of a training that all grids share; return weights and moments."""
+    """Optimizer steps `first` ... of a training that all grids share; return the whole state."""
     for step in range(first, first + n):
         sequences = make_sequences(("odd", "local", "over_three", "ones"), 4, seed=step)
         train.train_step(model, optimizer, deal(sequences, parallel), 1e-2, parallel)
@@ -268,7 +275,7 @@ def take_steps(model: Transformer, optimizer: torch.optim.Optimizer, parallel: P
 
 
 def check_ten_steps(parallel: Parallel, folder: Path) -> None:
-    """Ten steps in float64 and in float32; the weights go to a file, and float64 to a checkpoint."""
+    """Ten steps in float64 and float32; the weights go to a file, float64 to a checkpoint."""
     grid = f"{parallel.dp_size}x{parallel.sp_size}"
     for dtype in (torch.float32, torch.float64):
         model = train.shard_model(make_model(tied=True, dtype=dtype), parallel, dtype)
@@ -276,7 +283,8 @@ def check_ten_steps(parallel: Parallel, folder: Path) -> None:
         whole = take_steps(model, optimizer, parallel, first=0, n=10)
         if parallel.main:
             save_file(whole, folder / f"ten-{grid}-{str(dtype)[6:]}.safetensors")
-    state = {"stage": "long", "step": 10, "tokens_seen": 40 * S, "drawn": {}}
+    state = {"stage": "long", "step": 10, "steps": 20, "tokens_seen": 40 * S, "drawn": {},
+             "fingerprint": {}}
     train.save_checkpoint(folder / f"checkpoint-{grid}", model, optimizer, state, parallel)
     whole = take_steps(model, optimizer, parallel, first=10, n=1)
     if parallel.main:
@@ -284,7 +292,7 @@ def check_ten_steps(parallel: Parallel, folder: Path) -> None:
 
 
 def check_checkpoint(written_by: str, parallel: Parallel, folder: Path) -> dict[str, object]:
-    """Read another world's checkpoint: what isn't bit for bit the same, and where the next step leads."""
+    """Read another world's checkpoint: which bits differ, and where the next step leads."""
     model = load_pretrained(folder / f"checkpoint-{written_by}")
     train.shard_model(model, parallel, torch.float64)
     optimizer = train.make_optimizer(model, weight_decay=0.1)
@@ -292,7 +300,8 @@ def check_checkpoint(written_by: str, parallel: Parallel, folder: Path) -> dict[
     whole = whole_state(model, optimizer)
     originals = load_file(folder / f"ten-{written_by}-float64.safetensors")
     differ = [name for name in originals.keys() | whole.keys()
-              if name not in originals or name not in whole or not torch.equal(whole[name], originals[name])]
+              if name not in originals or name not in whole
+              or not torch.equal(whole[name], originals[name])]
     next_step = take_steps(model, optimizer, parallel, first=10, n=1)
     theirs = load_file(folder / f"eleven-{written_by}.safetensors")
     return {"differ": differ, "tensors": len(originals), "step": state["step"],
@@ -304,7 +313,7 @@ POISONS = {"loss_inf": math.inf, "loss_nan": math.nan, "gradient_inf": None}
 
 
 def check_divergence(poison: str, parallel: Parallel) -> dict[str, object]:
-    """The last rank's second micro-batch goes wrong: who notices, what changed, and the step after it."""
+    """The last rank's second micro-batch goes wrong: who notices, what changed, what follows."""
     def start() -> tuple[Transformer, torch.optim.Optimizer]:
         model = train.shard_model(make_model(tied=True), parallel, torch.float64)
         return model, train.make_optimizer(model, weight_decay=0.1)
@@ -318,7 +327,7 @@ def check_divergence(poison: str, parallel: Parallel) -> dict[str, object]:
         return ""
 
     def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-        return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+        return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
     model, optimizer = start()
     before = whole_state(model, optimizer)
@@ -344,7 +353,7 @@ def check_divergence(poison: str, parallel: Parallel) -> dict[str, object]:
     return found
 
 
-# --- 4. The worlds -----------------------------------------------------------------------------------------
+# --- 4. The worlds --------------------------------------------------------------------------------
 
 BEFORE = {2: None, 4: 2, 1: 4, 8: 4}  # which world's checkpoints must exist
 READS = {2: [], 4: ["1x2"], 1: ["1x2", "2x2"], 8: ["2x2"]}  # which world reads whose checkpoint
@@ -366,7 +375,8 @@ def spawn_world(worker: Callable[[int, int, Path], None], world: int, folder: Pa
     """Run worker(rank, world, folder) in `world` processes; what each left in its JSON file."""
     with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1"):
         mp.spawn(worker, (world, folder), nprocs=world)
-    return [json.loads((folder / f"found-{world}-{rank}.json").read_text()) for rank in range(world)]
+    return [json.loads((folder / f"found-{world}-{rank}.json").read_text())
+            for rank in range(world)]
 
 
 def worker(rank: int, world: int, folder: Path) -> None:
@@ -380,14 +390,16 @@ def worker(rank: int, world: int, folder: Path) -> None:
         if grid in TEN_STEPS:
             check_ten_steps(parallel, folder)
     found["divergence"] = {poison: check_divergence(poison, parallel) for poison in POISONS}
-    found["checkpoints"] = {writer: check_checkpoint(writer, parallel, folder) for writer in READS[world]}
+    found["checkpoints"] = {writer: check_checkpoint(writer, parallel, folder)
+                            for writer in READS[world]}
     if world == 1:
         for per_batch in (1, 2, 4):
             found[f"accumulation_{per_batch}"] = compare_with_reference(
                 Case(("odd", "ones"), micro_batches=4 // per_batch), parallel, per_batch)
     else:  # `parallel` is now 1 x P
         found["tempting_rule"] = check_tempting_rule(parallel)
-        found["exchanged"] = {f"{h}/{kv}": count_exchanged(parallel, h, kv) for h, kv in EXCHANGED_HEADS
+        found["exchanged"] = {f"{h}/{kv}": count_exchanged(parallel, h, kv)
+                              for h, kv in EXCHANGED_HEADS
                               if world in valid_seq_parallel_sizes(h, kv)}
         found["exchanges"] = {pack: count_model_exchanges(parallel, pack) for pack in PACKS}
         found["heads_error"] = message_of(lambda: ulysses_attention(
@@ -399,10 +411,10 @@ def worker(rank: int, world: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict]]:
-    """found(P): what every rank of a world of P found, in order of rank. A world is spawned once."""
+    """found(P): what each rank of a world of P found, in order of rank. A world is spawned once."""
     folder = tmp_path_factory.mktemp("worlds")
 
-    @cache  # of failures too: a second attempt would find the first one's store, and wait for its ranks
+    @cache  # of failures too: a second attempt would find the first one's store, and wait
     def spawn(world: int) -> list[dict] | str:
         if BEFORE[world] and isinstance(before := spawn(BEFORE[world]), str):
             return before
@@ -419,7 +431,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict
     return results
 
 
-# --- 5. The tests ------------------------------------------------------------------------------------------
+# --- 5. The tests ---------------------------------------------------------------------------------
 
 
 def slow_if(world: int) -> list[pytest.MarkDecorator]:
@@ -436,7 +448,7 @@ def too_large(differences: dict[str, float], tolerance: float = SAME) -> dict[st
     pytest.param(world, grid, case, marks=slow_if(world), id=f"{grid}-{case}")
     for world in (1, 2, 4, 8) for grid, case in grid_cases(world)])
 def test_loss_and_gradients_equal_one_process(found, world, grid, case):
-    """Loss, gradient norm and the gradient of every parameter are those of one process, to 1e-12."""
+    """Loss, gradient norm and the gradient of each parameter are those of one process, to 1e-12."""
     for rank in found(world):
         assert len(rank[f"{grid}/{case}"]) >= 20
         assert not too_large(rank[f"{grid}/{case}"])
@@ -450,7 +462,8 @@ def test_packs_straddle_what_their_names_say():
 
     spans = {name: most_ranks(doc_lens, 4) for name, doc_lens in PACKS.items()}
     assert all(sum(doc_lens) == S for doc_lens in PACKS.values())
-    assert spans == {"fills_all": 4, "over_three": 3, "over_two": 2, "odd": 2, "ones": 3, "local": 1}
+    assert spans == {"fills_all": 4, "over_three": 3, "over_two": 2, "odd": 2, "ones": 3,
+                     "local": 1}
     for sp_size in (1, 2, 4, 8):
         for doc_lens in PACKS.values():
             assert crosses_ranks(doc_lens, sp_size) == (most_ranks(doc_lens, sp_size) > 1)
@@ -458,7 +471,7 @@ def test_packs_straddle_what_their_names_say():
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_no_exchange_for_short_documents_would_be_wrong(found, world):
-    """No document is longer than a share, yet without an exchange some rank is off by more than 10%."""
+    """No document exceeds a share, yet without an exchange some rank is off by more than 10%."""
     results = [rank["tempting_rule"] for rank in found(world)]
     assert all(result["rule_holds"] and result["crosses"] for result in results)
     assert max(result["wrong"] for result in results) > 0.1
@@ -467,12 +480,14 @@ def test_no_exchange_for_short_documents_would_be_wrong(found, world):
 
 @pytest.mark.parametrize("grid", TEN_STEPS[1:])
 def test_ten_steps_are_those_of_one_rank(found, grid):
-    """Ten clipped AdamW steps end in the same weights: 1e-10 in float64, 1e-3 in float32 (absolute)."""
+    """Ten clipped AdamW steps end in the same weights: 1e-10 in float64, 1e-3 in float32."""
     found(1)  # the last of the default worlds: all files exist
     for dtype, tolerance in (("float64", 1e-10), ("float32", 1e-3)):
-        one, many = (load_file(found.folder / f"ten-{g}-{dtype}.safetensors") for g in ("1x1", grid))
-        worst = {name: float((one[name] - many[name]).abs().max()) for name in one if "/weight" in name}
-        print(f"{grid} {dtype}: largest difference of a weight after ten steps {max(worst.values()):.1e}")
+        one, many = (load_file(found.folder / f"ten-{g}-{dtype}.safetensors")
+                     for g in ("1x1", grid))
+        worst = {name: float((one[name] - many[name]).abs().max())
+                 for name in one if "/weight" in name}
+        print(f"{grid} {dtype}: largest difference after ten steps {max(worst.values()):.1e}")
         assert one.keys() == many.keys()
         assert not too_large(worst, tolerance)
         moved = one["embed_tokens.weight/weight"] - make_model(tied=True).embed_tokens.weight
@@ -481,7 +496,7 @@ def test_ten_steps_are_those_of_one_rank(found, grid):
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_exchanged_bytes_are_the_formula(found, world):
-    """A layer sends T*D*(2H + 2*max(H_kv, P)) * (P-1)/P elements to other ranks, and as many back."""
+    """A layer sends T*D*(2H + 2*max(H_kv, P)) * (P-1)/P elements to others, and as many back."""
     T, D = S // world, 4
     for rank in found(world):
         assert len(rank["exchanged"]) >= 5
@@ -489,7 +504,8 @@ def test_exchanged_bytes_are_the_formula(found, world):
             H, H_kv = map(int, heads.split("/"))
             elements = T * D * (2 * H + 2 * max(H_kv, world)) * (world - 1) // world
             assert forward == backward == 8 * elements, heads
-        expanded = 8 * T * D * 4 * 32 * (world - 1) // world  # Llama-3's 32/8 with K and V as wide as Q
+        # Llama-3's 32/8 heads with K and V as wide as Q:
+        expanded = 8 * T * D * 4 * 32 * (world - 1) // world
         assert expanded == 1.6 * rank["exchanged"]["32/8"][0]
 
 
@@ -503,7 +519,7 @@ def test_exchanges_happen_only_where_documents_cross(found, world):
 
 @pytest.mark.parametrize("world", [1, *WORLDS])
 def test_refusals_name_what_would_work(found, world):
-    """Heads that P ranks can't share, and a world that can't be cut, are refused with the choices."""
+    """Heads that P ranks can't share, and a world that can't be cut: refused with the choices."""
     for rank in found(world):
         assert f"seq_parallel_size={world + 1}" in rank["init_error"]
         assert f"choose a divisor of {world}" in rank["init_error"]
@@ -516,9 +532,10 @@ def test_refusals_name_what_would_work(found, world):
     pytest.param(world, writer, marks=slow_if(world), id=f"{writer}-read-by-{world}")
     for world, writers in READS.items() for writer in writers])
 def test_checkpoints_move_between_rank_counts(found, world, writer):
-    """Weights and moments come back bit for bit on another number of ranks, and training goes on."""
+    """Weights and moments come back bit for bit on other ranks, and training goes on."""
     results = [rank["checkpoints"][writer] for rank in found(world)]
-    assert (0 if world > 2 else DIM) in results[-1]["parts"]  # of four ranks, the last has no row of a gain
+    # Of four ranks, the last has no row of a gain.
+    assert (0 if world > 2 else DIM) in results[-1]["parts"]
     for result in results:
         assert (result["differ"], result["step"]) == ([], 10)
         assert result["tensors"] == 4 * 20  # weight, exp_avg, exp_avg_sq and step of each parameter
@@ -528,7 +545,7 @@ def test_checkpoints_move_between_rank_counts(found, world, writer):
 @pytest.mark.parametrize("world", [1, *WORLDS])
 @pytest.mark.parametrize("poison", POISONS)
 def test_one_bad_rank_stops_all_before_the_weights_change(found, world, poison):
-    """If one micro-batch of one rank diverges, all ranks say the same, and the step can be left out."""
+    """If a micro-batch of one rank diverges, all ranks say the same and can leave the step out."""
     results = [rank["divergence"][poison] for rank in found(world)]
     assert len({result["message"] for result in results}) == 1
     assert "nan" in results[0]["message"] or "inf" in results[0]["message"]
@@ -545,20 +562,23 @@ def test_accumulation_is_one_big_batch(found):
 
 
 def test_two_nodes_train_as_one_process(tmp_path):
-    """Two torchrun agents that meet on the loopback share every sequence; the log is one process's."""
+    """Two torchrun agents that meet on the loopback share every sequence, as one process would."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     node = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
             "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
-    run = [str(Path(train.__file__)), "--seq", "1k", "--batch-tokens", "1k", "--steps", "2", "--no-eval",
+    run = [str(Path(train.__file__)), "--seq", "1k", "--batch-tokens", "1k", "--steps", "2",
+           "--no-eval",
            "--dtype", "float64"]
-    nodes = [subprocess.Popen([*node, *run, "--seq-parallel-size", "2", "--out", str(tmp_path / "two")],
+    shared = ["--seq-parallel-size", "2", "--out", str(tmp_path / "two")]
+    nodes = [subprocess.Popen([*node, *run, *shared],
                               stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [each.wait(timeout=120) for each in nodes] == [0, 0]
     subprocess.run([sys.executable, *run, "--out", str(tmp_path / "one")], check=True,
                    stdout=subprocess.DEVNULL)
-    one, two = ([json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+    one, two = ([json.loads(line) for line in
+                 (tmp_path / name / "log.jsonl").read_text().splitlines()]
                 for name in ("one", "two"))
     assert [e["loss"] for e in two] == pytest.approx([e["loss"] for e in one], rel=1e-9)
     assert any(e["sp_exchanged"] for e in two) and len(two) == 2

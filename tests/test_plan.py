@@ -1,4 +1,4 @@
-"""The plan's arithmetic against counted memory: rank 0 of N simulated with tensors that have only shapes."""
+"""The plan's arithmetic against counted memory: rank 0 of N, simulated with shapes only."""
 
 import sys
 from pathlib import Path
@@ -32,10 +32,11 @@ def test_plan_is_within_15_percent_of_counted_memory(name):
 
 @pytest.mark.slow
 def test_llama3_8b_at_512k_runs_as_shapes():
-    """All 32 layers, one document over eight ranks: it runs, and rank 0 holds what the plan says."""
+    """All 32 layers, one document over eight ranks: rank 0 holds what the plan says."""
     found = simulate_ranks.simulate(simulate_ranks.SimulateConfig(fake_tensors=True))
-    print(f"{found['peak_bytes'] / 2**30:.1f} GiB counted, {sum(found['plan'].values()) / 2**30:.1f} planned")
-    assert sum(found["plan"].values()) == pytest.approx(found["peak_bytes"], rel=0.15)
+    planned = sum(found["plan"].values())
+    print(f"{found['peak_bytes'] / 2**30:.1f} GiB counted, {planned / 2**30:.1f} planned")
+    assert planned == pytest.approx(found["peak_bytes"], rel=0.15)
     assert found["peak_bytes"] < 80e9
 
 
@@ -49,24 +50,27 @@ def test_plan_prints_what_fits(capsys):
     assert "it does not fit; what would: recompute blocks" in printed
 
 
-def test_each_rung_of_the_ladder_needs_less():
+def test_each_memory_option_needs_less():
     shape = preset_config("llama3-8b", 295)
-    sizes = [sum(train.memory_per_rank(shape, levers, 65_536, 8).values()) for levers in train.MEMORY_OPTIONS]
+    sizes = [sum(train.memory_per_rank(shape, options, 65_536, 8).values())
+             for options in train.MEMORY_OPTIONS]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)
 
 
 @pytest.mark.parametrize(("memory_gib", "activations"),
                          [(1000, "keep"), (80, "recompute"), (20, "recompute")])
 def test_auto_takes_the_fastest_that_fits(memory_gib, activations):
-    levers, why = train.memory_options_for(train.TrainConfig(), preset_config("llama3-8b", 295), 65_536, 8, 2,
-                                      memory_gib * 2**30, "cpu")
-    assert levers.activations == activations and (("may not fit" in why) == (memory_gib == 20))
+    shape = preset_config("llama3-8b", 295)
+    options, why = train.memory_options_for(train.TrainConfig(), shape, 65_536, 8, 2,
+                                            memory_gib * 2**30, "cpu")
+    assert options.activations == activations and ("may not fit" in why) == (memory_gib == 20)
 
 
-def test_levers_without_effect_are_refused():
+def test_options_without_effect_are_refused():
     shape = preset_config("tiny", 295)
-    for config in (train.TrainConfig(activations="offload"), train.TrainConfig(host_optimizer=True)):
+    for wrong in ({"activations": "offload"}, {"host_optimizer": True}):
         with pytest.raises(ValueError, match="this is the host"):
-            train.memory_options_for(config, shape, 1024, 1, 4, 2**34, "cpu")
-    tiled, _ = train.memory_options_for(train.TrainConfig(mlp_tile_tokens=64), shape, 1024, 1, 4, 2**34, "cpu")
+            train.memory_options_for(train.TrainConfig(**wrong), shape, 1024, 1, 4, 2**34, "cpu")
+    tiled, _ = train.memory_options_for(train.TrainConfig(mlp_tile_tokens=64), shape, 1024, 1, 4,
+                                        2**34, "cpu")
     assert tiled == MemoryOptions(mlp_tile_tokens=64)

@@ -1,16 +1,11 @@
-"""Training: recipes add up, steps are exact, runs repeat and resume to the last bit, a tiny model learns.
+"""Training: recipes add up, steps are exact, runs repeat and resume bit for bit, models learn.
 
 Runs are whole runs: `train.train(config)` in this process, on one rank, in a temporary folder.
 """
 
 import json
 import math
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,7 +19,6 @@ import eval as evaluation
 import model as model_module
 import train
 from experiments import tiny_seeds
-from support.run import read_state
 from train import RECIPES, Stage, TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -43,7 +37,8 @@ def three_stages(monkeypatch):
     """The tiny recipe at lengths that cost nothing: the curriculum, without the wait."""
     mix = {"recall_bare-256": 0.3, "icl-128": 0.3, "short": 0.4}
     stages = [Stage(name, seq_len, theta, mix, 4 * 2048, 2048, lr=3e-3, min_lr=3e-4)
-              for name, seq_len, theta in (("base", 256, 1e4), ("long", 512, 8e4), ("ultra", 1024, 6.4e5))]
+              for name, seq_len, theta in (("base", 256, 1e4), ("long", 512, 8e4),
+                                           ("ultra", 1024, 6.4e5))]
     monkeypatch.setitem(RECIPES, "tiny", stages)
 
 
@@ -93,7 +88,8 @@ def test_prolong_recipe_has_the_papers_numbers():
     assert (first.batch_tokens, second.batch_tokens) == (4 * 2**20, 8 * 2**20)
     assert (first.lr, first.min_lr, first.warmup) == (1e-5, 1e-6, 0.1)
     assert (second.lr, second.min_lr) == (5e-6, 5e-7)  # the authors' script; the paper says 1e-5
-    assert first.mixture["code_repos-64k"] == 0.30 and first.mixture["fineweb"] == pytest.approx(0.37 * 0.27)
+    assert first.mixture["code_repos-64k"] == 0.30
+    assert first.mixture["fineweb"] == pytest.approx(0.37 * 0.27)
     assert second.mixture["books-512k"] == pytest.approx(0.30 * 0.17)
     assert second.mixture["code_repos-512k"] == second.mixture["code_repos-64k"] == 0.15
 
@@ -108,10 +104,11 @@ def test_learning_rate_warms_up_and_decays():
 
 
 def test_a_stage_at_another_length():
-    """Longest documents follow the length, shorter ones stay, theta follows the NTK rule upward only."""
+    """Longest documents follow the length, shorter ones stay, theta grows by the NTK rule."""
     ultra = RECIPES["tiny"][-1]
-    longer, shorter = train.stage_at_length(ultra, 65_536, 16), train.stage_at_length(ultra, 1024, 16)
-    assert "recall-64k" in longer.mixture and "icl-2k" in longer.mixture and longer.seq_len == 65_536
+    longer = train.stage_at_length(ultra, 65_536, 16)
+    shorter = train.stage_at_length(ultra, 1024, 16)
+    assert {"recall-64k", "icl-2k"} <= longer.mixture.keys() and longer.seq_len == 65_536
     assert longer.rope_theta == pytest.approx(ultra.rope_theta * 4 ** (16 / 14))
     assert "recall-1k" in shorter.mixture and shorter.rope_theta == ultra.rope_theta
     assert sum(shorter.mixture.values()) == pytest.approx(1)
@@ -125,22 +122,11 @@ def test_same_seed_same_log_and_another_seed_another(tmp_path, three_stages):
     for name in ("a", "b"):
         run(tmp_path / name, stage="")
     run(tmp_path / "c", stage="", seed=1)
-    assert read_log(tmp_path / "a") == read_log(tmp_path / "b") and len(read_log(tmp_path / "a")) == 12
+    assert read_log(tmp_path / "a") == read_log(tmp_path / "b")
+    assert len(read_log(tmp_path / "a")) == 12
     for stage in ("base", "long", "ultra"):
         assert_same(*(weights(tmp_path / name / "checkpoints" / f"{stage}-4") for name in "ab"))
     assert read_log(tmp_path / "a")[0]["loss"] != read_log(tmp_path / "c")[0]["loss"]
-
-
-def test_micro_batches_are_one_big_batch(tmp_path):
-    """Four micro-batches of one sequence give the step of one micro-batch of four, in float64 to 1e-12."""
-    runs = [run(tmp_path / str(micro), dtype="float64", micro_batch_tokens=micro, steps=2)
-            for micro in (256, 512, 1024)]
-    logs = [read_log(folder) for folder in runs]
-    for rows in zip(*logs, strict=True):
-        for key in ("loss", "grad_norm"):
-            # weights are kept in float32, and float32 is what their gradient ends in: 1e-6 of it
-            assert [row[key] for row in rows] == pytest.approx([rows[0][key]] * 3, rel=1e-6)
-        assert len({row["valid_tokens"] for row in rows}) == 1
 
 
 def test_reordering_changes_no_gradient(tmp_path):
@@ -166,7 +152,7 @@ def test_precision_is_where_it_should_be(tmp_path, dtype):
 
 
 def test_resumed_is_uninterrupted(tmp_path, three_stages):
-    """A run that stops inside its second stage and goes on ends with the same bits and the same log."""
+    """A run that stops inside its second stage and goes on ends with the same bits and log."""
     options = {"stage": "", "save_every": 2, "keep": 0}
     whole = run(tmp_path / "whole", **options)
     stopped = run(tmp_path / "stopped", **options)
@@ -174,7 +160,8 @@ def test_resumed_is_uninterrupted(tmp_path, three_stages):
         if path.name not in ("base-2", "base-4", "long-2"):
             shutil.rmtree(path)
     lines = (stopped / "log.jsonl").read_text().splitlines(keepends=True)
-    (stopped / "log.jsonl").write_text("".join(lines[:7]) + lines[7][:20])  # the last line half written
+    half = lines[7][:20]
+    (stopped / "log.jsonl").write_text("".join(lines[:7]) + half)
     train.train(TrainConfig(resume=str(stopped)))
     assert read_log(whole) == read_log(stopped)
     for path in (whole / "checkpoints").iterdir():
@@ -191,14 +178,15 @@ def test_an_evaluation_between_steps_leaves_no_trace(tmp_path):
     assert [row.pop("eval", None) is not None for row in log] == [False, True, False, True]
     assert log == read_log(plain)
     for name in ("base-2", "base-4"):
-        assert_same(weights(plain / "checkpoints" / name), weights(evaluated / "checkpoints" / name))
+        before, after = (weights(folder / "checkpoints" / name) for folder in (plain, evaluated))
+        assert_same(before, after)
 
 
 def test_a_checkpoint_without_moments_gets_no_name(tmp_path):
     """A weight that the optimizer has not stepped has no moments, and the run could not go on."""
     model = model_module.Transformer(model_module.preset_config("tiny", 295)).init_weights(0)
     parallel = model_module.init_parallel()
-    with pytest.raises(RuntimeError, match="embed_tokens.weight has no Adam moments"):
+    with pytest.raises(RuntimeError, match=r"embed_tokens\.weight has no Adam moments"):
         train.save_checkpoint(tmp_path / "x", model, train.make_optimizer(model, 0.1), {}, parallel)
     assert list(tmp_path.iterdir()) == []
 
@@ -232,7 +220,8 @@ def test_a_diverging_run_stops_and_names_its_sequences(tmp_path, monkeypatch):
         return total * (math.inf if len(calls) == 4 else 1), valid
 
     monkeypatch.setattr(model_module, "chunked_cross_entropy", poisoned)
-    with pytest.raises(train.Diverged, match=r"stage base step 4: loss is inf.*recall_bare-256\[\d+\]"):
+    words = r"stage base step 4: loss is inf.*recall_bare-256\[\d+\]"
+    with pytest.raises(train.Diverged, match=words):
         run(tmp_path / "run", steps=6, save_every=3)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["base-3"]
 
@@ -241,14 +230,15 @@ def test_a_packed_folder_of_ones_own(tmp_path):
     """--data reads folders that data.py packed, and the mixture's names are theirs."""
     tokenizer, report = data.load_tokenizer(), data.PackReport()
     sequences = data.pack_builtin("icl-256", tokenizer, 256, 0, report)
-    data.write_packed(tmp_path / "packs" / "mine", (next(sequences) for _ in range(20)), tokenizer, 256,
+    some = (next(sequences) for _ in range(20))
+    data.write_packed(tmp_path / "packs" / "mine", some, tokenizer, 256,
                       "mine", 0, report)
     folder = run(tmp_path / "run", data=str(tmp_path / "packs"), mix="mine=1")
     assert len(read_log(folder)) == 4 and not (folder / "data").exists()
 
 
 def test_an_embedded_domain_without_long_documents_is_left_out(tmp_path, monkeypatch, capsys):
-    """The rest of the mixture fills its share; a mixture with nothing left is an error (see bad input)."""
+    """The rest of the mixture fills its share; with nothing left it is an error (see bad input)."""
     monkeypatch.setitem(data.LONG_DOMAINS, "textbooks", lambda t, seed: iter([t.document("short")]))
     mixture = "recall_bare-256=0.5,textbooks-256=0.5"
     folder = run(tmp_path / "run", mix=mixture, steps=3, save_every=2)
@@ -264,13 +254,14 @@ def test_a_tiny_model_learns_what_it_could_not_do(tmp_path):
     config = model_module.preset_config("tiny", tokenizer.vocab_size)
     before = model_module.Transformer(config).init_weights(0)
     after = model_module.load_pretrained(folder / "checkpoints" / "base-3000")
-    scores = [evaluation.run_task(m, tokenizer, "recall_bare", 160, 208)["score"] for m in (before, after)]
+    scores = [evaluation.run_task(m, tokenizer, "recall_bare", 160, 208)["score"]
+              for m in (before, after)]
     assert scores[0] <= 0.01 and scores[1] >= 0.9
 
 
 @pytest.mark.slow
 def test_the_tiny_recipe_keeps_its_promises(tmp_path):
-    """Three seeds of the whole recipe: means of their scores, each over n >= 200 (table in docs/LOG.md)."""
+    """Three seeds of the whole recipe: mean scores, each over n >= 200 (table in docs/LOG.md)."""
     runs = tiny_seeds.main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "figures")])
     assert all(run["seconds"] < 600 and run["first_figure_s"] < 240 for run in runs)
     assert all(run["peak_rss_gib"] < 3 and min(run["n"].values()) >= 200 for run in runs)
@@ -314,7 +305,7 @@ def test_the_tiny_recipe_keeps_its_promises(tmp_path):
     ("--out run", "holds a run already"),
 ])
 def test_bad_input_ends_in_one_line_and_code_2(tmp_path, monkeypatch, capsys, arguments, words):
-    """Whatever is wrong with the command, one line says what; no checkpoint and no pack is half-written."""
+    """Whatever is wrong with the command, one line says what; nothing is half-written."""
     monkeypatch.chdir(tmp_path)
     for name in ("empty", "run"):
         (tmp_path / name).mkdir()
@@ -323,33 +314,16 @@ def test_bad_input_ends_in_one_line_and_code_2(tmp_path, monkeypatch, capsys, ar
     tokenizer = data.load_tokenizer()
     for name in ("other", "corrupt"):
         sequences = [data.PackedSequence(data.np.zeros(256, data.np.uint32), (256,))]
-        data.write_packed(tmp_path / name / name, sequences, tokenizer, 256, name, 0, data.PackReport())
+        data.write_packed(tmp_path / name / name, sequences, tokenizer, 256, name, 0,
+                          data.PackReport())
     meta = tmp_path / "other" / "other" / "meta.json"
     meta.write_text(meta.read_text().replace(tokenizer.fingerprint, "0" * 16))
     (tmp_path / "corrupt" / "corrupt" / "meta.json").write_text('{"format": ')
-    monkeypatch.setitem(data.LONG_DOMAINS, "code_repos", lambda t, seed: iter([t.document("short")]))
+    too_short = {"code_repos": lambda t, seed: iter([t.document("short")])}
+    monkeypatch.setattr(data, "LONG_DOMAINS", data.LONG_DOMAINS | too_short)
     monkeypatch.setattr("sys.argv", ["train.py", *arguments.split()])
     with pytest.raises(SystemExit) as ended:
         data.run_main(train.main)
     error = capsys.readouterr().err
     assert ended.value.code == 2 and error.count("\n") == 1 and words in error
     assert not list(tmp_path.rglob("*.writing")) and not list(tmp_path.rglob("checkpoints"))
-
-
-def test_ctrl_c_ends_at_once_and_leaves_nothing_half_written(tmp_path):
-    """SIGINT in the middle of a run: gone within seconds, no traceback wall, whole checkpoints only."""
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "--stage", "base", "--no-eval",
-                                "--save-every", "5", "--out", str(tmp_path / "run")], cwd=ROOT,
-                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"},
-                               # what a shell starts in the background ignores SIGINT, and hands that down
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "run" / "checkpoints" / "base-5").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=20)
-    assert process.returncode == 130 and error.count("\n") <= 2, error
-    for path in (tmp_path / "run" / "checkpoints").iterdir():
-        if not path.name.endswith(".writing"):
-            assert read_state(path)["stage"] == "base" and weights(path)
