@@ -22,8 +22,8 @@ def samples(folder: str) -> Iterator[dict[str, Any]]:
     for _ in range(SAMPLES):
         cuts = np.sort(rng.permutation(np.arange(1, SEQ_LEN))[:rng.randint(5)])
         bounds = np.stack([np.append(0, cuts), np.append(cuts, SEQ_LEN)], axis=1).astype(np.uint32)
-        sample = {"input_ids": rng.randint(128_256, size=SEQ_LEN).astype(np.uint32), "indices": bounds,
-                  "length": SEQ_LEN, "domain": "books"}
+        ids = rng.randint(128_256, size=SEQ_LEN).astype(np.uint32)
+        sample = {"input_ids": ids, "indices": bounds, "length": SEQ_LEN, "domain": "books"}
         if folder == "sft":
             sample["mask"] = rng.randint(2, size=SEQ_LEN).astype(np.uint8)
         yield sample
@@ -33,12 +33,13 @@ def main() -> None:
     from streaming import MDSWriter
 
     for folder, array in ARRAYS.items():
-        columns = {"input_ids": array, "indices": "ndarray" if folder == "dynamic" else "ndarray:uint32",
-                   "length": "int", "domain": "str"}
+        indices = "ndarray" if folder == "dynamic" else "ndarray:uint32"
+        columns = {"input_ids": array, "indices": indices, "length": "int", "domain": "str"}
         if folder == "sft":
             columns["mask"] = "ndarray:uint8"
         compression = {"gz": "gz", "zstd": "zstd:3"}.get(folder)
-        with MDSWriter(out=str(Path(__file__).parent / folder), columns=columns, compression=compression,
+        out = str(Path(__file__).parent / folder)
+        with MDSWriter(out=out, columns=columns, compression=compression,
                        size_limit=1600) as writer:
             for sample in samples(folder):
                 writer.write(sample)
