@@ -47,12 +47,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from support import cli, files, installed, mds, tokenizers, toy
-from support import documents as stored
+from support import cli, files, installed, mds, texts, tokenizers, toy
 from support import inspect as show
 from support.cli import option, parse_cli, parse_length, run_main
-from support.documents import TokenizeConfig
 from support.installed import generator
+from support.texts import TokenizeConfig
 
 add_config_args, format_length = cli.add_config_args, cli.format_length  # public names
 parse_mixture, tokenizer_files = cli.parse_mixture, tokenizers.tokenizer_files
@@ -461,7 +460,7 @@ def short(tokenizer: Tokenizer, seed: int) -> Iterator[Document]:
     """The mixture's short part: each function and class of the installed packages is a document."""
     paths = [path for files in installed.list_repositories().values() for path in files[:50]]
     for i in generator(seed, "short").permutation(len(paths)):
-        for source in installed.functions_and_classes(paths[i]):
+        for source in installed.source_texts(paths[i]):
             yield tokenizer.document(source)
 
 
@@ -572,7 +571,7 @@ def pack_domain(folder: str | Path, domain: str, n: int, tokenizer: Tokenizer, s
 
 def tokenize(config: TokenizeConfig) -> None:
     """Tokenize a source into a folder of documents. Run again after a crash, it goes on."""
-    stored.tokenize(config, load_tokenizer(config.tokenizer))
+    texts.tokenize(config, load_tokenizer(config.tokenizer))
     inspect(config.out)
 
 
@@ -581,9 +580,9 @@ def read_tokenized(folder: str | Path, seed: int) -> Iterator[Document]:
 
     A.2 samples from the whole. With one shard in memory at a time, no document costs a disk seek.
     """
-    meta = stored.read_meta_of(folder)
+    meta = texts.read_meta_of(folder)
     for shard in generator(seed, "shards").permutation(meta["shards"]):
-        found = stored.read_shard(Path(folder) / f"{shard:05d}")
+        found = texts.read_shard(Path(folder) / f"{shard:05d}")
         for i in generator(seed, "documents", int(shard)).permutation(len(found)):
             yield Document(found[i])
 
@@ -645,7 +644,7 @@ def pack(config: PackConfig) -> None:
         raise ValueError("--from and --from-mds are two sources; give one")
     if (config.rule != "auto" and not config.from_) or (config.from_mds and config.ranks != 1):
         raise ValueError("--rule goes with --from alone, and --ranks not with --from-mds; drop it")
-    meta = stored.read_meta_of(config.from_) if config.from_ else {"tokenizer": "bytes"}
+    meta = texts.read_meta_of(config.from_) if config.from_ else {"tokenizer": "bytes"}
     tokenizer = load_tokenizer(config.tokenizer or meta["tokenizer"])
     if config.from_:
         files.check_tokenizer(config.from_, meta, tokenizer)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .documents import read_meta_of
 from .files import read_json
 from .report import draw_packed, format_lengths, picture
+from .texts import read_meta_of
 
 
 def folder(path: Path, format: str, open_packed: Callable[[Path], Any],
@@ -21,40 +21,32 @@ def folder(path: Path, format: str, open_packed: Callable[[Path], Any],
              and read_json(entry / "meta.json").get("format") == format]
     for dataset in packs if check else []:
         dataset.check_content()
-    if not packs:
-        tokenized(path, read_meta_of(path))
-    elif packs[0].folder == path:
+    if packs and packs[0].folder == path:
         packed(packs[0], load_tokenizer)
-    else:
-        domains(packs)
+        return
+    for dataset in packs:  # a line for each packed domain
+        share = dataset.input_ids.size / sum(other.input_ids.size for other in packs)
+        print(f"{share:>6.1%} {dataset.folder.name:<20} {summary(dataset)}")
+    if not packs:
+        meta = read_meta_of(path)
+        print(f"{path}: {meta['documents']:,} documents, {meta['tokens']:,} tokens in "
+              f"{meta['shards']} shards, tokenizer {meta['tokenizer']}; {meta['bad']:,} of "
+              f"{meta['rows']:,} rows skipped")
+        print(format_lengths(np.concatenate([np.diff(np.fromfile(ends, np.int64), prepend=0)
+                                             for ends in sorted(path.glob("*/doc_ends.bin"))])))
 
 
-def tokenized(folder: Path, meta: dict[str, Any]) -> None:
-    """Print counts and lengths of tokenized documents."""
-    print(f"{folder}: {meta['documents']:,} documents, {meta['tokens']:,} tokens in "
-          f"{meta['shards']} shards, tokenizer {meta['tokenizer']}; {meta['bad']:,} of "
-          f"{meta['rows']:,} rows skipped")
-    print(format_lengths(np.concatenate([np.diff(np.fromfile(path, np.int64), prepend=0)
-                                         for path in sorted(folder.glob("*/doc_ends.bin"))])))
-
-
-def domains(datasets: Sequence[Any]) -> None:
-    """Print a line for each packed domain, with its share of the tokens."""
-    total = sum(dataset.input_ids.size for dataset in datasets)
-    for dataset in datasets:
-        tokens, meta = dataset.input_ids.size, dataset.meta
-        print(f"{tokens / total:>6.1%} {dataset.folder.name:<20} {len(dataset):>8,} sequences x "
-              f"{dataset.seq_len:,} = {tokens:,} tokens, {meta['documents']:,} documents, "
-              f"tokenizer {meta['tokenizer_fingerprint']}")
+def summary(dataset: Any) -> str:
+    meta = dataset.meta
+    return (f"{meta['domain']}, {len(dataset):,} sequences x {dataset.seq_len:,} tokens, "
+            f"{meta['documents']:,} documents, tokenizer {meta['tokenizer']}, "
+            f"sha256 {meta['sha256'][:12]}")
 
 
 def packed(dataset: Any, load_tokenizer: Callable[[str], Any]) -> None:
     """Print counts, lengths, a picture of sequences and the text around a document's end."""
     meta, lens = dataset.meta, np.array(dataset.doc_lens, np.int64)
-    print(f"{dataset.folder}: {meta['domain']}, {len(dataset):,} sequences x {dataset.seq_len:,} "
-          f"tokens, {len(lens):,} documents, tokenizer {meta['tokenizer']}, "
-          f"sha256 {meta['sha256'][:12]}")
-    print(format_lengths(lens))
+    print(f"{dataset.folder}: {summary(dataset)}\n{format_lengths(lens)}")
     print(f"trained tokens: {dataset.trained_share:.1%}; "
           f"dropped while packing: {meta['tokens_dropped']:,}")
     first = [dataset[i].doc_lens for i in range(min(16, len(dataset)))]
@@ -62,13 +54,13 @@ def packed(dataset: Any, load_tokenizer: Callable[[str], Any]) -> None:
         print(f"  {i:>4} {picture(doc_lens)}")
     end = first[0][0]
     around = dataset[0].input_ids[max(0, end - 60):end + 60]
-    print(f"around the first document's end (token {end:,})", end="")
     try:
         tokenizer = load_tokenizer(meta["tokenizer"])
         dataset.check_tokenizer(tokenizer)
-        print(f":\n    {tokenizer.decode(around)!r}")
+        shown = f":\n    {tokenizer.decode(around)!r}"
     except (ValueError, KeyError) as error:  # a folder may outlive its tokenizer's file
-        print(f", as ids ({error}):\n    {around.tolist()}")
+        shown = f", as ids ({error}):\n    {around.tolist()}"
+    print(f"around the first document's end (token {end:,}){shown}")
     drawn = draw_packed(dataset.folder, dataset.seq_len, first, lens)
     if drawn:
         print(f"figure: {drawn}")

@@ -25,23 +25,20 @@ def generator(seed: int, *names: Any) -> np.random.Generator:
 
 
 def is_held_out(name: str) -> bool:
-    """Is this repository kept for validation and evaluation?"""
     return hashlib.sha256(name.encode()).digest()[0] < 32
 
 
 def list_repositories(held_out: bool = False) -> dict[str, list[Path]]:
-    """Installed packages with their Python files, in one order everywhere: {"json": [...], ...}.
+    """Packages to train on, or held out, with their Python files, in one order everywhere.
 
-    Either those to train on, or those held out. Single-file modules of the standard library
-    together are one more repository, "modules".
+    Single-file modules of the standard library together are one more repository, "modules".
     """
     paths = sysconfig.get_paths()
-    found: dict[str, list[Path]] = {}
-    for root in dict.fromkeys(Path(paths[key]) for key in ("stdlib", "purelib", "platlib")):
-        for entry in sorted(root.iterdir()) if root.is_dir() else ():
-            if entry.suffix == ".py" and root == Path(paths["stdlib"]):
-                found.setdefault("modules", []).append(entry)
-            elif entry.is_dir() and entry.name not in ("site-packages", "dist-packages"):
+    stdlib = Path(paths["stdlib"])
+    found = {"modules": sorted(stdlib.glob("*.py"))}
+    for root in dict.fromkeys([stdlib, Path(paths["purelib"]), Path(paths["platlib"])]):
+        for entry in root.iterdir() if root.is_dir() else ():
+            if entry.is_dir() and entry.name not in ("site-packages", "dist-packages"):
                 found[entry.name] = sorted(entry.rglob("*.py"))
     names = [name for name in sorted(found) if found[name] and is_held_out(name) == held_out]
     return {name: found[name] for name in names}
@@ -58,11 +55,9 @@ def read_text(path: Path) -> str:
 def join_files(files: Iterable[Path], enough: int = 2**20) -> str:
     """Source files in one text, until it is long enough: a few packages are far too long."""
     texts: list[str] = []
-    size = 0
     for path in files:
         texts.append(read_text(path))
-        size += len(texts[-1])
-        if size > enough:
+        if sum(map(len, texts)) > enough:
             break
     return "\n".join(texts)
 
@@ -78,6 +73,20 @@ def syntax_trees(files: Iterable[Path]) -> Iterator[ast.Module]:
             continue
 
 
+def functions_and_classes(path: Path) -> Iterator[ast.FunctionDef | ast.ClassDef]:
+    """Those at the top level of a file."""
+    for tree in syntax_trees([path]):
+        yield from (node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef))
+
+
+def source_texts(path: Path) -> Iterator[str]:
+    """The source text of each function and class, decorators included."""
+    lines = read_text(path).split("\n")  # as the parser counts: a form feed ends no line
+    for node in functions_and_classes(path):
+        begin = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+        yield "\n".join(lines[begin - 1:node.end_lineno]) + "\n"
+
+
 def books() -> Iterator[str]:
     """Prose: Python's language reference, then each package's docstrings, joined."""
     from pydoc_data.topics import topics
@@ -88,22 +97,9 @@ def books() -> Iterator[str]:
         yield "\n\n".join(text for text in chapters if len(text) > 200)
 
 
-def functions_and_classes(path: Path) -> Iterator[str]:
-    """The source text of each function and class at the top level of a file."""
-    lines = read_text(path).split("\n")  # as the parser counts: a form feed ends no line
-    for tree in syntax_trees([path]):
-        for node in tree.body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef):
-                begin = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-                yield "\n".join(lines[begin - 1:node.end_lineno]) + "\n"
-
-
 @cache
 def standard_names(held_out: bool) -> tuple[tuple[str, bool, str], ...]:
-    """The standard library's public (dotted name, is it a class?, first line of its docstring).
-
-    Read from the sources, nothing is imported. Packages are held out as a whole.
-    """
+    """The standard library's public (dotted name, is it a class?, first line of its docstring)."""
     root = Path(sysconfig.get_paths()["stdlib"])
     others = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages"}
     names = []
@@ -112,9 +108,9 @@ def standard_names(held_out: bool) -> tuple[tuple[str, bool, str], ...]:
         if others & {*parts} or parts[0].startswith("_") or is_held_out(parts[0]) != held_out:
             continue
         module = ".".join(part for part in parts if part != "__init__")
-        for node in (node for tree in syntax_trees([path]) for node in tree.body):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-                summary = (ast.get_docstring(node) or "").partition("\n")[0].strip()
+        for node in functions_and_classes(path):
+            summary = (ast.get_docstring(node) or "").partition("\n")[0].strip()
+            if not node.name.startswith("_"):
                 names.append((f"{module}.{node.name}", isinstance(node, ast.ClassDef), summary))
     return tuple(names)
 

@@ -1,21 +1,18 @@
 """Made-up documents that teach a tiny model to look things up and to learn from examples.
 
 Recall. A pair is a mark, a key and its value of four symbols; a question is another mark and a key.
-All of these are special tokens (<|pair|>, <|ask|>, <|A|>, ...), so no real text contains one. Here
-~ and ? are the marks:
+All are special tokens (<|pair|>, <|ask|>, <|A|>, ...), so no real text has one. As ~ and ?:
 
     <begin> import os ~QX7KA def main(): ~CPLM3 return 0 ?CPLM3?QX7KA <end>
             a haystack of real code, with pairs scattered in it    only the answers are trained
 
-ICL (in-context learning). A line is a mark, a symbol of one of six topics, and the topic's number:
+ICL (in-context learning). A line is a mark, a symbol of one of six topics, and the topic's number,
+dealt anew for every document: only the examples tell which topic has which (A.1).
 
     <begin>~A3~N7~X5~C3 ... <end>       A and C are one topic, which has number 3 in this document
 
-The numbers are dealt anew for every document, so only the examples tell which topic has which
-(A.1).
-
-The alphabet has 32 symbols, as in base 32. With keys of two symbols, or with 64 symbols, a model
-this small does not learn to recall within minutes (docs/LOG.md).
+With keys of two symbols, or with 64 symbols instead of 32, a model this small does not learn to
+recall within minutes (docs/LOG.md).
 """
 
 from __future__ import annotations
@@ -32,16 +29,13 @@ TOPICS = SYMBOLS[:24].reshape(6, 4)  # A-D, E-H, ... U-X
 LABELS = SYMBOLS[26:]  # 2-7
 ICL_LINE = 3  # "~A3"
 
-# --- 1. Recall ------------------------------------------------------------------------------------
-
 
 def recall_pairs(rng: np.random.Generator, batch: int, n_pairs: int) -> np.ndarray:
     """Draw keys (different from each other) and values: (batch, n_pairs, 1 + VALUE_LEN) tokens.
 
-    At each of the four positions all values of a document differ. So one symbol and its position
-    are enough to know which value is being copied, and the model can continue. If values could
-    share a symbol, it would have to compare two symbols, and models this small often never learn
-    that (docs/LOG.md).
+    At each of the four positions all values of a document differ, so one symbol and its position
+    tell which value is being copied. Otherwise the model would have to compare two symbols, and
+    models this small often never learn that (docs/LOG.md).
     """
     # (batch, 1 + VALUE_LEN, 32): at each position, the alphabet in another order
     dealt = rng.permuted(np.tile(SYMBOLS, (batch, 1 + VALUE_LEN, 1)), axis=2)
@@ -50,10 +44,7 @@ def recall_pairs(rng: np.random.Generator, batch: int, n_pairs: int) -> np.ndarr
 
 def scatter_pairs(rng: np.random.Generator, pairs: np.ndarray,
                   haystack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scatter pairs (B, n, 5) in a haystack (B, m) -> contexts (B, m + 6n), starts (B, n).
-
-    Pairs keep their order; `starts` says where in its context each of them begins.
-    """
+    """Scatter pairs (B, n, 5), in order, in haystacks (B, m) -> (B, m + 6n), starts (B, n)."""
     batch, n_pairs, _ = pairs.shape
     gaps = np.sort(rng.integers(haystack.shape[1] + 1, size=(batch, n_pairs)), axis=1)
     marked = np.concatenate((np.full((batch, n_pairs, 1), PAIR, np.uint32), pairs), axis=2)
@@ -70,11 +61,7 @@ def pairs_and_room(rng: np.random.Generator, batch: int, length: int) -> tuple[n
 
 def recall_rows(rng: np.random.Generator, pairs: np.ndarray, haystack: np.ndarray, bos: int,
                 eos: int) -> tuple[np.ndarray, np.ndarray]:
-    """Whole documents: pairs scattered in a haystack (B, m), then a question about each.
-
-    Returns ids (B, length) and the loss mask (length,) that all of them share: only answers are
-    trained.
-    """
+    """Documents: ids (B, length), and the loss mask (length,) that they share: answers alone."""
     batch, n_pairs, _ = pairs.shape
     contexts, _ = scatter_pairs(rng, pairs, haystack)
     order = rng.permuted(np.tile(np.arange(n_pairs), (batch, 1)), axis=1)
@@ -84,9 +71,6 @@ def recall_rows(rng: np.random.Generator, pairs: np.ndarray, haystack: np.ndarra
     ids = np.concatenate((edge * bos, contexts, questions.reshape(batch, -1), edge * eos), axis=1)
     is_answer = np.tile(np.arange(PAIR_LEN) >= 2, n_pairs)
     return ids, np.concatenate((np.zeros(1 + contexts.shape[1], bool), is_answer, [False]))
-
-
-# --- 2. In-context learning -----------------------------------------------------------------------
 
 
 def icl_lines(rng: np.random.Generator, batch: int, n_lines: int) -> np.ndarray:
@@ -103,10 +87,7 @@ def icl_lines(rng: np.random.Generator, batch: int, n_lines: int) -> np.ndarray:
 
 def icl_rows(rng: np.random.Generator, batch: int, length: int, bos: int,
              eos: int) -> tuple[np.ndarray, np.ndarray]:
-    """Whole documents: ids (B, length), and the loss mask (length,) that all of them share.
-
-    Labels are trained from the second round on: in the first, they can't be known yet.
-    """
+    """The same for ICL. In the first round labels can't be known yet: they are not trained."""
     n_lines, spare = divmod(length - 2, ICL_LINE)
     lines = icl_lines(rng, batch, n_lines).reshape(batch, -1)
     edge = np.ones((batch, 1), dtype=np.uint32)

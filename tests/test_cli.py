@@ -1,5 +1,4 @@
-"""Tests of support/cli.py: lengths are read and written exactly, a mistake ends in one line and
-exit code 2."""
+"""Tests of support/cli.py: lengths are exact, a mistake ends in one line and exit code 2."""
 
 import re
 from dataclasses import dataclass, fields
@@ -8,23 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import (
-    PackConfig,
-    add_config_args,
-    format_length,
-    option,
-    parse_cli,
-    parse_length,
-    run_main,
-)
+from data import PackConfig, add_config_args, format_length, option, parse_cli, parse_length
+from data import run_main as run
 from support import cli
 
 property_test = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 
 @pytest.mark.parametrize(("text", "tokens"), [
-    ("512k", 524_288), ("64K", 65_536), ("4m", 4 * 2**20), ("20b", 20 * 2**30), ("20B", 20 * 2**30),
-    ("2048", 2048), (2048, 2048), ("1", 1), ("03k", 3072),
+    ("512k", 524_288), ("64K", 65_536), ("4m", 4 * 2**20), ("20B", 20 * 2**30), (2048, 2048),
+    ("1", 1), ("03k", 3072),
 ])
 def test_parse_length_is_binary(text, tokens):
     """k, m and b are powers of two, in either case; a plain number is itself."""
@@ -32,8 +24,7 @@ def test_parse_length_is_binary(text, tokens):
 
 
 @pytest.mark.parametrize("text", ["12q", "", "-1", "0", "0k", "1.5k", "k", "2kk", "2km", "k2",
-                                  "2 k", " 2k",
-                                  "1e3", "0x10", "1_000", "+1", 0, -1, 2.5, None, True])
+                                  "2 k", "1e3", "0x10", "1_000", "+1", 0, -1, 2.5, None, True])
 def test_parse_length_refuses_what_is_no_length(text):
     """Anything but a positive whole number with one unit is refused, and shown in the message."""
     with pytest.raises(ValueError, match=re.escape(repr(text))):
@@ -47,14 +38,7 @@ def test_format_length_is_parse_lengths_inverse(tokens):
     text = format_length(tokens)
     assert parse_length(text) == tokens
     assert len(text) <= max(2, len(str(tokens)))
-
-
-@pytest.mark.parametrize(("tokens", "text"), [(1, "1"), (1000, "1000"), (1024, "1k"), (1536,
-                                              "1536"),
-                                              (2**20, "1m"), (3 * 2**30, "3b"), (524_288, "512k")])
-def test_format_length_examples(tokens, text):
-    """The largest unit that divides is the one written."""
-    assert format_length(tokens) == text
+    assert [format_length(n) for n in (1000, 1536, 524_288)] == ["1000", "1536", "512k"]
 
 
 @dataclass(frozen=True)
@@ -68,18 +52,12 @@ class Options:
     plan: bool = option(False, "only say what would be done")
 
 
-def _option_strings(config: type) -> set[str]:
-    parser = cli._Parser(add_help=False)
-    add_config_args(parser, config)
-    return {flag for action in parser._actions for flag in action.option_strings}
-
-
 def test_every_field_is_an_option():
     """Underscores become dashes, and a bool gets its --no- twin; there is nothing else."""
-    assert _option_strings(Options) == {"--seq-len", "--lr", "--name", "--reorder", "--no-reorder",
-                                        "--plan", "--no-plan"}
-    assert _option_strings(PackConfig) == {"--" + f.name.strip("_").replace("_", "-")
-                                           for f in fields(PackConfig)}
+    parser = cli._Parser(add_help=False)
+    add_config_args(parser, Options)
+    assert {flag for action in parser._actions for flag in action.option_strings} == {
+        "--seq-len", "--lr", "--name", "--reorder", "--no-reorder", "--plan", "--no-plan"}
     assert parse_cli(PackConfig, "doc", ["--from", "documents"]).from_ == "documents"
 
 
@@ -91,20 +69,17 @@ def test_every_field_is_an_option():
     (["--plan", "--no-plan", "--lr", "-1"], Options(lr=-1.0)),
 ])
 def test_parse_cli_fills_the_config(argv, config):
-    """Options reach their fields with the right type; the later of two wins; the rest is
-    default."""
+    """Options reach their fields with the right type; the later of two wins."""
     assert parse_cli(Options, "doc", argv) == config
 
 
 @pytest.mark.parametrize(("argv", "named"), [
-    (["--unknown", "1"], "--unknown"), (["--seq", "2k"], "--seq"), (["--no-seq-len"],
-    "--no-seq-len"),
+    (["--unknown", "1"], "--unknown"), (["--seq", "2k"], "--seq"), (["--no-lr"], "--no-lr"),
     (["--seq-len", "12q"], "'12q' is not a positive whole number"), (["--seq-len"], "--seq-len"),
     (["--lr", "fast"], "fast"), (["--reorder=yes"], "yes"), (["stray"], "stray"),
 ])
 def test_a_wrong_command_line_ends_in_one_line(argv, named, capsys):
-    """Unknown, abbreviated, valueless or badly valued: exit code 2, one line that names the
-    culprit."""
+    """Unknown, abbreviated, valueless or badly valued: exit code 2, one line with the culprit."""
     with pytest.raises(SystemExit) as exit:
         parse_cli(Options, "doc", argv)
     out, err = capsys.readouterr()
@@ -125,23 +100,15 @@ def test_help_shows_every_option_with_its_default(capsys):
         assert f"{field.metadata['help']}{shown}" in text
 
 
-def test_run_main_makes_a_value_error_one_line(capsys):
-    """A ValueError is the user's mistake: one line, exit code 2."""
-
+@pytest.mark.parametrize(("error", "raised"), [(ValueError, SystemExit), (OSError, SystemExit),
+                                               (KeyError, KeyError)])
+def test_run_main_makes_the_users_mistake_one_line(error, raised, capsys):
+    """A wrong value or file ends in one line and code 2; any other exception is a bug."""
     def main():
-        raise ValueError("seq is too long")
+        raise error("seq is too long")
 
-    with pytest.raises(SystemExit) as exit:
-        run_main(main)
-    assert exit.value.code == 2
-    assert re.fullmatch(r"\S+: error: seq is too long\n", capsys.readouterr().err)
-
-
-def test_run_main_lets_bugs_through():
-    """Any other exception is a bug, and keeps its traceback."""
-
-    def main():
-        raise KeyError("bug")
-
-    with pytest.raises(KeyError):
-        run_main(main)
+    with pytest.raises(raised) as exit:
+        run(main)
+    if raised is SystemExit:
+        assert exit.value.code == 2
+        assert re.fullmatch(r"\S+: error: seq is too long\n", capsys.readouterr().err)

@@ -92,29 +92,15 @@ def test_special_tokens_in_a_template(tokenizer):
     ids = tokenizer.encode_with_specials("a<|eot_id|><|A|>\nb")
     assert ids.dtype == np.uint32 and ids.tolist() == [97, 260, 263, 10, 98]
     assert tokenizer.encode_with_specials("").tolist() == []
-    with pytest.raises(ValueError, match=r"no special token '<.im_end.>'"):
+    with pytest.raises(ValueError, match=r"no special token '<.im_end.>'; its first are <.begin_"):
         tokenizer.encode_with_specials("a<|im_end|>")
-
-
-def test_special_ids_are_found_by_name(tokenizer):
-    """A name that is none is an error with the names there are."""
-    assert (
-        tokenizer.special_id("<|eot_id|>")
-        == tokenizer.encoding._special_tokens["<|eot_id|>"]
-        == 260
-    )
-    with pytest.raises(
-        ValueError, match=r"no special token '<.im_end.>'; its first are <.begin_of"
-    ):
-        tokenizer.special_id("<|im_end|>")
 
 
 def _other_tokenizer(pattern=r"[\s\S]{1,256}", merges=None, **special) -> Tokenizer:
     ranks = {bytes([i]): i for i in range(256)} | (merges or {})
     names = {"<|begin_of_text|>": 300, "<|end_of_text|>": 301} | special
-    encoding = tiktoken.Encoding(
-        "bytes", pat_str=pattern, special_tokens=names, mergeable_ranks=ranks
-    )
+    encoding = tiktoken.Encoding("bytes", pat_str=pattern, special_tokens=names,
+                                 mergeable_ranks=ranks)
     return Tokenizer("bytes", encoding, "<|begin_of_text|>", "<|end_of_text|>")
 
 
@@ -122,22 +108,14 @@ def test_fingerprint_tells_tokenizers_apart():
     """Two loads agree; another special token, id, merge, order of merges or pattern does not."""
     assert load_tokenizer().fingerprint == load_tokenizer().fingerprint
     assert re.fullmatch("[0-9a-f]{16}", load_tokenizer().fingerprint)
-    others = [
-        load_tokenizer(),
-        _other_tokenizer(),
-        _other_tokenizer(x=302),
-        _other_tokenizer(x=303),
-        _other_tokenizer(y=302),
-        _other_tokenizer(merges={b"ab": 256}),
-        _other_tokenizer(merges={b"ab": 256, b"bc": 257}),
-        _other_tokenizer(merges={b"bc": 256, b"ab": 257}),
-        _other_tokenizer(pattern=r"[\s\S]{1,8}"),
-    ]
+    changes = [{}, {"x": 302}, {"x": 303}, {"y": 302}, {"pattern": r"[\s\S]{1,8}"},
+               {"merges": {b"ab": 256}}, {"merges": {b"ab": 256, b"bc": 257}},
+               {"merges": {b"bc": 256, b"ab": 257}}]
+    others = [load_tokenizer(), *(_other_tokenizer(**change) for change in changes)]
     assert len({other.fingerprint for other in others}) == len(others)
 
 
-@pytest.mark.parametrize("spec", ["", "Bytes", "gpt2", "/nowhere/tokenizer.model",
-    "tiktoken:nothing"])
+@pytest.mark.parametrize("spec", ["", "Bytes", "/nowhere/tokenizer.model", "tiktoken:nothing"])
 def test_unknown_tokenizers_are_refused(spec):
     """A spec that is not known is an error that names it, never a default."""
     with pytest.raises(ValueError, match=re.escape(repr(spec))):
@@ -151,8 +129,7 @@ def test_unknown_tokenizers_are_refused(spec):
 
 
 def make_documents(specs: list[tuple[int, bool]]) -> list[Document]:
-    """Documents of the given lengths; where a spec says so, with a mask: multiples of 3 are not
-    trained."""
+    """Documents of the given lengths; with a mask, multiples of 3 are not trained."""
     documents, begin = [], 0
     for n, masked in specs:
         ids = np.arange(begin, begin + n, dtype=np.uint32)
@@ -202,8 +179,7 @@ def test_pack_long_keeps_whole_pieces_in_order(documents, doc_len, pieces_each):
 @property_test
 @given(DOCUMENTS, st.integers(1, 12), st.integers(1, 4))
 def test_pack_short_loses_nothing(documents, share, ranks):
-    """The documents laid end to end, cut at every share of every sequence, with their own ends
-    kept."""
+    """The documents laid end to end, cut at every share of every sequence; ends are kept."""
     report, seq_len = PackReport(), share * ranks
     sequences = list(pack_short(documents, seq_len, report, ranks=ranks))
     assert not any(crosses_ranks(s.doc_lens, ranks) for s in sequences)
@@ -243,8 +219,8 @@ def test_pack_sft_never_begins_inside_a_document(documents, seq_len):
 @pytest.mark.parametrize(("pack", "ids", "doc_lens"), [
     (lambda d: pack_long(d, 8), [range(0, 8)], [(8,)]),
     (lambda d: pack_long(d, 2, 8), [range(0, 8), [8, 9, 11, 12, 14, 15, 16, 17]], [(2,) * 4] * 2),
-    (lambda d: pack_short(d, 8), [range(0, 8), range(8, 16), range(16, 24)], [(8,), (3, 3, 2), (5,
-    3)]),
+    (lambda d: pack_short(d, 8), [range(0, 8), range(8, 16), range(16, 24)],
+     [(8,), (3, 3, 2), (5, 3)]),
     (lambda d: pack_sft(d, 8), [range(0, 8), range(11, 19)], [(8,), (3, 5)]),
 ])
 def test_packing_by_hand(pack, ids, doc_lens):
@@ -254,16 +230,7 @@ def test_packing_by_hand(pack, ids, doc_lens):
     assert [s.doc_lens for s in sequences] == doc_lens
 
 
-def test_masks_travel_with_their_tokens():
-    """Beside a masked document, one without a mask is trained on whole; without any, there is no
-    mask."""
-    documents = make_documents([(3, False), (5, True), (4, False), (4, False)])
-    first, second = pack_short(documents, 8)
-    assert first.loss_mask.tolist() == [True] * 3 + [False, True, True, False, True]  # not 3, not 6
-    assert second.loss_mask is None
-
-
-@pytest.mark.parametrize(("doc_len", "seq_len"), [(3, 8), (16, 8), (5, 64)])
+@pytest.mark.parametrize(("doc_len", "seq_len"), [(3, 8), (16, 8)])
 def test_pack_long_refuses_lengths_that_do_not_divide(doc_len, seq_len):
     """A piece length that cannot fill a sequence is an error with both numbers."""
     with pytest.raises(ValueError, match=rf"{doc_len}\b.*\b{seq_len}\b"):
@@ -273,8 +240,7 @@ def test_pack_long_refuses_lengths_that_do_not_divide(doc_len, seq_len):
 @pytest.mark.parametrize("pack", [lambda d: pack_long(d, 8), lambda d: pack_short(d, 8),
                                   lambda d: pack_sft(d, 8)])
 def test_packing_is_lazy(pack):
-    """The first sequence needs only the documents it is made of: a corpus need not fit in
-    memory."""
+    """The first sequence needs only its own documents: a corpus need not fit in memory."""
     endless = (Document(np.full(8, i, np.uint32)) for i in iter(int, None))  # zeros without end
     assert [s.doc_lens for s in islice(pack(endless), 3)] == [(8,)] * 3
 
@@ -300,8 +266,7 @@ def test_batch_by_hand():
 @property_test
 @given(SOME_DOCUMENTS, st.sampled_from([8, 12, 24]))
 def test_packed_labels_are_those_of_separate_documents(documents, seq_len):
-    """Batching many documents gives each the labels it has in a batch of its own: nothing
-    crosses."""
+    """Batching many documents gives each the labels that it has in a batch of its own."""
     sequences = list(pack_short(documents, seq_len))
     packed = make_batch(sequences)
     separate, ids, flags = [], *laid_end_to_end(sequences)
@@ -314,10 +279,6 @@ def test_packed_labels_are_those_of_separate_documents(documents, seq_len):
         ] + [IGNORE_INDEX]
         separate.append(alone.labels)
     assert torch.equal(packed.labels, torch.cat(separate))
-    ends = np.cumsum(packed.doc_lens)
-    assert (packed.labels[ends - 1] == IGNORE_INDEX).all()
-    firsts = set(packed.input_ids[np.append(0, ends[:-1])].tolist())
-    assert firsts.isdisjoint(packed.labels.tolist())
 
 
 @property_test
@@ -341,10 +302,8 @@ def write(folder: Path, sequences, seq_len: int = 8, report: PackReport | None =
 @pytest.fixture
 def packed(tmp_path) -> Path:
     """A folder of three sequences with a mask: doc_lens (8,), (3, 3, 2), (5, 3)."""
-    write(
-        tmp_path / "set",
-        pack_short(make_documents([(11, True), (3, True), (7, True), (4, True)]), 8),
-    )
+    documents = make_documents([(11, True), (3, True), (7, True), (4, True)])
+    write(tmp_path / "set", pack_short(documents, 8))
     return tmp_path / "set"
 
 
@@ -386,38 +345,17 @@ def test_an_interrupted_write_leaves_nothing_that_opens(tmp_path):
 
     with pytest.raises(RuntimeError, match="power cut"):
         write(tmp_path / "set", interrupted())
-    assert not (tmp_path / "set").exists()
-    for leftover in tmp_path.iterdir():
-        with pytest.raises(ValueError, match="not a packed data folder"):
-            PackedDataset(leftover)
+    assert list(tmp_path.iterdir()) == []
     write(tmp_path / "set", pack_short(PAPER_EXAMPLE, 8))
     assert len(PackedDataset(tmp_path / "set")) == 3
-    assert [path.name for path in tmp_path.iterdir()] == ["set"]
-
-
-def test_an_existing_folder_is_never_overwritten(packed):
-    """Writing where something lies is refused, and what lies there stays as it was."""
-    before = {path.name: path.read_bytes() for path in packed.iterdir()}
     with pytest.raises(ValueError, match="exists already"):
-        write(packed, pack_short(PAPER_EXAMPLE, 8))
-    assert {path.name: path.read_bytes() for path in packed.iterdir()} == before
-
-
-def test_nothing_to_write_is_an_error(tmp_path):
-    """When every document was too short, the message counts them, and no folder is left."""
-    report = PackReport()
-    with pytest.raises(
-        ValueError, match=r"none of its 4 documents \(25 tokens\) fills .* 32 tokens"
-    ):
-        write(
-            tmp_path / "set", pack_long(PAPER_EXAMPLE, 32, report=report), seq_len=32, report=report
-        )
-    assert list(tmp_path.iterdir()) == []
+        write(tmp_path / "set", pack_short(PAPER_EXAMPLE[1:], 8))
+    PackedDataset(tmp_path / "set").check_content()
+    assert len(PackedDataset(tmp_path / "set")) == 3
 
 
 def _edit_meta(**changes):
     """Damage: write other values into meta.json; None takes the key away."""
-
     def damage(folder: Path) -> None:
         meta = json.loads((folder / "meta.json").read_text()) | changes
         meta = {key: value for key, value in meta.items() if value is not None}
@@ -426,16 +364,10 @@ def _edit_meta(**changes):
     return damage
 
 
-def _replace(name: str, values: list[int] | str | bytes, dtype: type = np.uint32):
+def _replace(name: str, content: bytes | list[int], dtype: type = np.uint32):
     """Damage: other content for a file."""
-
-    def damage(folder: Path) -> None:
-        if isinstance(values, list):
-            (folder / name).write_bytes(np.array(values, dtype).tobytes())
-        else:
-            (folder / name).write_bytes(values if isinstance(values, bytes) else values.encode())
-
-    return damage
+    content = content if isinstance(content, bytes) else np.array(content, dtype).tobytes()
+    return lambda folder: (folder / name).write_bytes(content)
 
 
 def _truncate(name: str):
@@ -445,40 +377,28 @@ def _truncate(name: str):
 
 @pytest.mark.parametrize(("damage", "named"), [
     (lambda folder: (folder / "meta.json").unlink(), "set"),
-    (_replace("meta.json", "{"), "meta.json"),
+    (_replace("meta.json", b"{"), "meta.json"),
     (_replace("meta.json", b"\xff\xfe"), "meta.json"),
-    (_replace("meta.json", "[" * 100_000), "meta.json"),
-    (_replace("meta.json", "[]"), "meta.json"),
+    (_replace("meta.json", b"[" * 100_000), "meta.json"),
+    (_replace("meta.json", b"[]"), "meta.json"),
     (_edit_meta(format="packed-0"), "meta.json"),
-    (_edit_meta(format=None), "meta.json"),
     (_edit_meta(seq_len=None), "'seq_len'"),
     (_edit_meta(seq_len="8"), "'seq_len'"),
     (_edit_meta(seq_len=True), "'seq_len'"),
     (_edit_meta(seq_len=0), "input_ids.bin"),
-    (_edit_meta(seq_len=2**32), "input_ids.bin"),
     (_edit_meta(sequences=2**62, documents=2**62, seq_len=4), "input_ids.bin"),
-    (_replace("meta.json", '{"seq_len": ' + "1" * 5000 + "}"), "meta.json"),
-    (_replace("doc_lens.bin", [8, 3, 3, 2, 8, 0]), "set: .*add up"),
-    (_edit_meta(seq_len=16), "input_ids.bin"),
     (_edit_meta(sequences=-3), "'sequences'"),
     (_edit_meta(sequences=0), "input_ids.bin"),
-    (_edit_meta(sequences=7), "input_ids.bin"),
     (_edit_meta(sequences=2), "input_ids.bin"),
     (_edit_meta(documents=7), "doc_lens.bin"),
-    (_edit_meta(has_loss_mask=1), "'has_loss_mask'"),
-    (_edit_meta(domain=None), "'domain'"),
-    (_edit_meta(tokenizer_fingerprint=0), "'tokenizer_fingerprint'"),
     (_truncate("input_ids.bin"), "input_ids.bin"),
-    (_truncate("doc_lens.bin"), "doc_lens.bin"),
     (_truncate("doc_ends.bin"), "doc_ends.bin"),
-    (_truncate("loss_mask.bin"), "loss_mask.bin"),
     (lambda folder: (folder / "loss_mask.bin").unlink(), "loss_mask.bin"),
     (_replace("doc_lens.bin", [8, 3, 3, 2, 5, 4]), "set: .*add up"),
-    (_replace("doc_lens.bin", [8, 3, 3, 5, 2, 3]), "set: .*add up"),
+    (_replace("doc_lens.bin", [8, 3, 3, 2, 8, 0]), "set: .*add up"),
     (_replace("doc_ends.bin", [1, 4, 5], np.int64), "set: .*add up"),
     (_replace("doc_ends.bin", [4, 1, 6], np.int64), "set: .*add up"),
     (_replace("doc_ends.bin", [0, 4, 6], np.int64), "set: .*add up"),
-    (_replace("doc_ends.bin", [-1, 4, 6], np.int64), "set: .*add up"),
     (_replace("doc_ends.bin", [1, 4, 9], np.int64), "set: .*add up"),
 ])
 def test_a_damaged_folder_does_not_open(packed, damage, named):
@@ -492,20 +412,10 @@ def test_a_damaged_folder_does_not_open(packed, damage, named):
 
 @pytest.mark.parametrize("make", [lambda path: None, Path.mkdir, Path.touch])
 def test_what_is_no_packed_folder_does_not_open(tmp_path, make):
-    """A missing path, an empty folder and a plain file are named, with the command that makes a
-    folder."""
+    """A missing path, an empty folder and a plain file are named, with the command to make one."""
     make(tmp_path / "nothing")
     with pytest.raises(ValueError, match=r"nothing is not a packed data folder.*data\.py pack"):
         PackedDataset(tmp_path / "nothing")
-
-
-def test_another_tokenizer_is_refused(packed):
-    """Ids mean nothing to another table: its fingerprint and the folder's are both shown."""
-    dataset, other = PackedDataset(packed), _other_tokenizer()
-    dataset.check_tokenizer(load_tokenizer())
-    with pytest.raises(ValueError, match=load_tokenizer().fingerprint) as error:
-        dataset.check_tokenizer(other)
-    assert str(packed) in str(error.value) and other.fingerprint in str(error.value)
 
 
 # --- 5. The mixture -------------------------------------------------------------------------------
@@ -513,13 +423,9 @@ def test_another_tokenizer_is_refused(packed):
 # A mixture asks its data sets for their length and their items, so a list of names will do.
 
 
-def make_mixture(
-    shares: dict[str, float], sizes: int | dict[str, int] = 5, seed: int = 0
-) -> Mixture:
-    lengths = sizes if isinstance(sizes, dict) else dict.fromkeys(shares, sizes)
-    return Mixture(
-        {name: [f"{name}{i}" for i in range(n)] for name, n in lengths.items()}, shares, seed
-    )
+def make_mixture(shares: dict[str, float], size: int = 5, seed: int = 0, names="") -> Mixture:
+    items = {name: [f"{name}{i}" for i in range(size)] for name in names or shares}
+    return Mixture(items, shares, seed)
 
 
 SHARES = st.lists(st.floats(1e-4, 1e4) | st.integers(0, 9), min_size=1, max_size=9).filter(any).map(
@@ -529,32 +435,23 @@ SHARES = st.lists(st.floats(1e-4, 1e4) | st.integers(0, 9), min_size=1, max_size
 @property_test
 @given(SHARES)
 def test_shares_hold_at_every_prefix_to_within_one(shares):
-    """After any n draws, a domain with share s has given less than one sequence more or fewer than
-    s n."""
+    """After any n draws, a domain with share s has given s n sequences, to within one."""
     mixture, total, given_so_far = make_mixture(shares), math.fsum(shares.values()), Counter()
     for n in range(1, 250):
         (name,) = mixture.draw(1)
         given_so_far[name[0]] += 1
-        assert all(
-            abs(given_so_far[d] - share / total * n) < 1 + 1e-6 for d, share in shares.items()
-        )
+        assert all(abs(given_so_far[d] - share / total * n) < 1 + 1e-6
+                   for d, share in shares.items())
     assert mixture.drawn == {d: given_so_far[d] for d, share in shares.items() if share > 0}
 
 
 def test_an_epoch_has_every_sequence_once_and_the_next_another_order():
     """Three epochs are three permutations, all different."""
-    mixture = make_mixture({"a": 1.0}, sizes=20)
+    mixture = make_mixture({"a": 1.0}, 20)
     epochs = [mixture.draw(20) for _ in range(3)]
     assert all(sorted(epoch) == sorted(f"a{i}" for i in range(20)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
     assert mixture.epochs() == {"a": 3.0}
-
-
-def test_the_seed_alone_fixes_the_order():
-    """The same seed gives the same sequences; another seed, others."""
-    shares = {"a": 0.7, "b": 0.3}
-    draws = [make_mixture(shares, 20, seed).draw(60) for seed in (0, 0, 1)]
-    assert draws[0] == draws[1] != draws[2]
 
 
 def test_a_domain_keeps_its_order_beside_others():
@@ -576,37 +473,32 @@ def test_a_resumed_mixture_goes_on_where_it_was(shares, before, steps):
     assert begun + [name for n in steps for name in resumed.draw(n)] == whole
 
 
-@pytest.mark.parametrize("shares", [{}, {"a": 0.0}, {"a": 0, "b": 0}, {"a": -1, "b": 2},
-                                    {"a": math.nan},
-                                    {"a": math.inf}, {"a": 1, "b": -math.inf}, {"a": 1,
-                                    "b": math.nan}, {"a": 1e308, "b": 1e308}])
+@pytest.mark.parametrize("shares", [{}, {"a": 0, "b": 0}, {"a": -1, "b": 2}, {"a": math.nan},
+                                    {"a": 1, "b": -math.inf}, {"a": 1e308, "b": 1e308}])
 def test_impossible_shares_are_refused(shares):
     """Negative, infinite, not a number, or nothing at all."""
     with pytest.raises(ValueError, match="mixture shares"):
-        make_mixture(shares, sizes={"a": 3, "b": 3})
+        make_mixture(shares, names="ab")
 
 
 def test_a_share_of_an_unknown_domain_is_refused():
     """The message names the domain, and those there are; a share of 0 asks for nothing."""
+    names = ["code", "short"]
     with pytest.raises(ValueError, match=r"'books'.*code, short"):
-        make_mixture({"code": 1.0, "books": 1.0}, sizes={"code": 3, "short": 3})
-    assert make_mixture({"code": 1.0, "books": 0.0}, sizes={"code": 3, "short": 3}).shares == {
-        "code": 1.0
-    }
+        make_mixture({"code": 1.0, "books": 1.0}, names=names)
+    assert make_mixture({"code": 1.0, "books": 0.0}, names=names).shares == {"code": 1.0}
 
 
 @pytest.mark.parametrize(("text", "shares"), [
     ("recall-2k=0.6,code_repos-2k=0.4", {"recall-2k": 0.6, "code_repos-2k": 0.4}),
-    ("a=1", {"a": 1.0}), (" a =1, b= 2 ", {"a": 1.0, "b": 2.0}), ("a=0,b=3e-1", {"a": 0.0,
-    "b": 0.3}),
+    (" a =1, b= 2 ", {"a": 1.0, "b": 2.0}), ("a=0,b=3e-1", {"a": 0.0, "b": 0.3}),
 ])
 def test_parse_mixture(text, shares):
     """Names and shares, in any scale, with blanks after the commas."""
     assert parse_mixture(text) == shares
 
 
-@pytest.mark.parametrize("text", ["", "a", "a=", "=1", "a=x", "a=1,", ",a=1", "a=1,a=2", "a=1=2",
-                                  "a:1",
+@pytest.mark.parametrize("text", ["", "a", "a=", "=1", "a=x", "a=1,", "a=1,a=2", "a=1=2", "a:1",
                                   "a=-1,b=2", "a=0", "a=nan", "a=inf"])
 def test_parse_mixture_refuses_what_is_no_mixture(text):
     """Anything but NAME=SHARE, each name once, with shares that can be."""
@@ -622,11 +514,6 @@ def make_sequences(lengths: list[list[int]]) -> list[PackedSequence]:
             for i, lens in enumerate(lengths)]
 
 
-def cost(sequences) -> int:
-    """The attention of some sequences: the sum of squared document lengths."""
-    return sum(n * n for s in sequences for n in s.doc_lens)
-
-
 @st.composite
 def steps(draw):
     """(sequences, dp_size, per_batch) that divide, as a step plan makes sure."""
@@ -639,8 +526,7 @@ def steps(draw):
 @property_test
 @given(steps(), st.booleans())
 def test_every_sequence_is_dealt_once(step, reorder):
-    """[micro-step][rank] batches are equally many, equally large, and together the step's
-    sequences."""
+    """[micro-step][rank] batches are equally large; side by side are sequences of like costs."""
     sequences, dp_size, per_batch = step
     dealt = arrange_step(sequences, dp_size, per_batch, reorder)
     assert {len(ranks) for ranks in dealt} == {dp_size}
@@ -649,14 +535,8 @@ def test_every_sequence_is_dealt_once(step, reorder):
     assert sorted(flat) == sorted(s.source for s in sequences)
     if not reorder:
         assert flat == [s.source for s in sequences]
-
-
-@property_test
-@given(steps())
-def test_ranks_side_by_side_have_like_costs(step):
-    """No micro-step's sequence costs more than any sequence of the next micro-step."""
-    dealt = arrange_step(*step)
-    costs = [[cost([s]) for batch in ranks for s in batch] for ranks in dealt]
+        return
+    costs = [[sum(n * n for n in s.doc_lens) for batch in ranks for s in batch] for ranks in dealt]
     assert all(max(earlier) <= min(later) for earlier, later in pairwise(costs))
 
 
@@ -667,8 +547,7 @@ FILES = ["__init__", "core", "util"]
 
 
 def source_text(name: str) -> str:
-    """A module with a docstring, a function, a class, and what would be a pair of the recall
-    task."""
+    """A module with a docstring, a function, a class, and what looks like a pair of recall."""
     return (f'"""About {name}. {"It explains itself at some length. " * 7}"""\n\n'
             f"{function_text(name)}\n\n{class_text(name)}\n\nFORMAT = '~QAAAA'\n")
 
@@ -699,9 +578,8 @@ def installation(tmp_path, monkeypatch) -> Path:
     (stdlib / "package6" / "broken.py").write_text("def (:\n")
     paths = {"stdlib": str(stdlib), "purelib": str(site), "platlib": str(site)}
     monkeypatch.setattr(installed.sysconfig, "get_paths", lambda: paths)
-    monkeypatch.setattr(
-        "pydoc_data.topics.topics", {"if": "About if. " * 30, "for": "About for. " * 30}
-    )
+    topics = {"if": "About if. " * 30, "for": "About for. " * 30}
+    monkeypatch.setattr("pydoc_data.topics.topics", topics)
     data.haystack_text.cache_clear()
     yield tmp_path
     data.haystack_text.cache_clear()
@@ -710,37 +588,33 @@ def installation(tmp_path, monkeypatch) -> Path:
 def texts(tokenizer: Tokenizer, documents) -> list[str]:
     """The documents' texts; each must be whole: begin of text first, end of text last."""
     documents = list(documents)
-    assert all(
-        (d.input_ids[0], d.input_ids[-1]) == (tokenizer.bos_id, tokenizer.eos_id) for d in documents
-    )
+    assert {d.input_ids[0] for d in documents} <= {tokenizer.bos_id}
+    assert {d.input_ids[-1] for d in documents} <= {tokenizer.eos_id}
     return [tokenizer.decode(d.input_ids[1:-1]) for d in documents]
 
 
-def test_a_repository_is_one_document(installation, tokenizer):
-    """Each package is one document of all its files; single-file modules are one more; nothing else
-    is."""
+def test_a_repository_is_one_document(installation, tokenizer, monkeypatch):
+    """Each package is one document of all its files; single-file modules are one more."""
     found = [sorted(re.findall(r"^def make_(\w+)", text, re.M)) for held_out in (False, True)
              for text in texts(tokenizer, data.code_repos(tokenizer, 0, held_out))]
     wanted = [[f"{package}_{file}" for file in FILES] for package in PACKAGES]
     assert sorted(found) == sorted([*wanted, ["modules_one", "modules_two"]])
+    paths = installed.sysconfig.get_paths() | {"purelib": "/nowhere"}
+    monkeypatch.setattr(installed.sysconfig, "get_paths", lambda: paths)  # none was ever installed
+    assert "package6" in installed.list_repositories()
 
 
 def test_files_of_a_repository_stand_in_every_order(installation, tokenizer):
-    """Over some seeds, three files of a repository come in all six orders: not always the sorted
-    one."""
+    """Over some seeds, three files of a repository come in all six orders."""
     code = ["\n".join(texts(tokenizer, data.code_repos(tokenizer, seed))) for seed in range(30)]
     orders = {tuple(re.findall(r"^def make_package7_(\w+)", text, re.M)) for text in code}
     assert orders == set(permutations(FILES))
 
 
 def test_held_out_repositories_are_never_trained_on(installation, tokenizer):
-    """Training and held-out repositories are disjoint and together all; `short` has the training
-    ones."""
-    domains = (
-        data.code_repos(tokenizer, 0),
-        data.code_repos(tokenizer, 0, True),
-        data.short(tokenizer, 0),
-    )
+    """Training and held-out repositories are disjoint and together all; `short` has the former."""
+    domains = (data.code_repos(tokenizer, 0), data.code_repos(tokenizer, 0, True),
+               data.short(tokenizer, 0))
     train, held_out, short = (
         set(re.findall(r"^def make_([^_]+)", "\n".join(texts(tokenizer, domain)), re.M))
         for domain in domains
@@ -755,12 +629,13 @@ def test_short_documents_are_functions_and_classes(installation, tokenizer):
     repositories = texts(tokenizer, data.code_repos(tokenizer, 0))
     names = re.findall(r"^def make_(\w+)", "\n".join(repositories), re.M)
     wanted = [make(name) for name in names for make in (function_text, class_text)]
-    assert sorted(texts(tokenizer, data.short(tokenizer, 0))) == sorted(wanted)
+    decorated = "@cache\ndef odd():\n    return 1\n"  # a form feed before it ends no line
+    (installation / "lib" / "package8" / "odd.py").write_text(f"x = 1\n\x0c\n{decorated}")
+    assert sorted(texts(tokenizer, data.short(tokenizer, 0))) == sorted([*wanted, decorated])
 
 
 def test_textbooks_are_joined_chapters(installation, tokenizer):
-    """The first book is the language reference, in order; the others are docstrings, with no
-    code."""
+    """The first book is the language reference, in order; the others are docstrings, no code."""
     first, *books = texts(tokenizer, data.textbooks(tokenizer, 0))
     assert first == "About for. " * 30 + "\n\n" + "About if. " * 30
     assert any(f"About package7_{file}." in book for book in books for file in FILES)
@@ -798,41 +673,33 @@ def packed_ids(domain: str, seed: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("domain", ["code_repos-256", "textbooks-256", "short", "recall-256"])
-def test_packs_do_not_depend_on_the_order_on_disk(installation, monkeypatch, domain):
-    """A directory listed in another order gives the same sequences."""
+def test_the_seed_alone_fixes_a_pack(installation, monkeypatch, domain):
+    """Another seed gives other sequences, a directory listed in another order the same."""
     wanted, iterdir, rglob = packed_ids(domain, 0), Path.iterdir, Path.rglob
+    assert domain == "textbooks-256" or packed_ids(domain, 1) != wanted
     for seed in range(3):
         monkeypatch.setattr(Path, "iterdir", _shuffled(iterdir, seed))
         monkeypatch.setattr(Path, "rglob", _shuffled(rglob, seed))
         assert packed_ids(domain, 0) == wanted
 
 
-@pytest.mark.parametrize("domain", ["code_repos-256", "short", "recall-256", "recall_bare-256",
-    "icl-256"])
-def test_the_seed_alone_fixes_a_pack(installation, domain):
-    """The same seed gives the same sequences; another seed, others."""
-    assert packed_ids(domain, 1) == packed_ids(domain, 1) != packed_ids(domain, 2)
-
-
 def test_a_haystack_is_code_without_pairs(installation, tokenizer):
-    """Windows are stretches of the repositories, held out or not as asked: bytes, no special
-    token."""
+    """Windows are stretches of the repositories, held out or not as asked; there is an end."""
     for held_out in (False, True):
         windows = data.haystack_windows(tokenizer, np.random.default_rng(0), 20, 200, 0, held_out)
         code = "".join(texts(tokenizer, data.code_repos(tokenizer, 0, held_out)))
         assert windows.shape == (20, 200) and windows.max() < 256
         for window in windows:
             assert tokenizer.decode(window) in code
+    with pytest.raises(ValueError, match="haystack of 1,000,000 tokens"):
+        data.haystack_windows(tokenizer, np.random.default_rng(0), 1, 10**6, 0)
 
 
-@pytest.mark.parametrize(("name", "shortest", "longest"), [("recall_bare", 32, 128), ("recall", 32,
-                                                           1024),
-                                                           ("icl", 64, 256), ("icl", 64, 64)])
-def test_lengths_of_a_synthetic_domain_share_its_tokens(
-    installation, tokenizer, name, shortest, longest
-):
-    """The longest, half of it, a quarter, ..., none too short; and each length has as many
-    tokens."""
+@pytest.mark.parametrize(("domain", "shortest"), [("recall_bare-128", 32), ("recall-1k", 32),
+                                                  ("icl-256", 64), ("icl-64", 64)])
+def test_lengths_of_a_synthetic_domain_share_its_tokens(installation, tokenizer, domain, shortest):
+    """The longest, half of it, a quarter, ..., none too short; each length has as many tokens."""
+    name, longest = data.parse_domain(domain)
     documents = list(islice(data.SYNTHETIC_DOMAINS[name](tokenizer, 0, longest), 100))
     lengths = sorted({len(document) for document in documents}, reverse=True)
     assert lengths == [longest >> i for i in range(len(lengths))] and lengths[-1] >= shortest
@@ -854,29 +721,25 @@ def test_synthetic_documents_are_never_cut(installation, tokenizer, domain):
         assert (sequence.input_ids[ends - sequence.doc_lens] == tokenizer.bos_id).all()
 
 
-@pytest.mark.parametrize("domain", ["", "-2k", "books-2k", "code_repos", "recall", "recall-",
-                                    "short-2k",
-                                    "code_repos-2q", "icl-0", "icl-32", "recall-16", "recall-100",
-                                    "recall_bare-48", "recall-4k"])
+@pytest.mark.parametrize("domain", ["", "-2k", "books-2k", "code_repos", "recall-", "short-2k",
+                                    "code_repos-2q", "icl-0", "icl-32", "recall-100", "recall-4k"])
 def test_unknown_domains_are_refused(installation, tokenizer, domain):
-    """A name that is not known, or a length that is missing, cannot be or does not fit a
-    sequence."""
+    """A name that is not known, or a length that is missing or does not fit a sequence."""
     with pytest.raises(ValueError, match=r"domain|length"):
         list(islice(pack_builtin(domain, tokenizer, 2048, 0, PackReport()), 1))
 
 
 def test_a_domain_is_a_name_and_a_length(installation, tokenizer, tmp_path):
     """pack_domain writes what pack_builtin packs."""
-    assert data.parse_domain("recall-2k") == ("recall", 2048) and data.parse_domain("short") == (
-        "short",
-        None,
-    )
+    assert data.parse_domain("recall-2k") == ("recall", 2048)
+    assert data.parse_domain("short") == ("short", None)
     data.pack_domain(tmp_path / "set", "icl-64", 3, tokenizer, 128, 0)
     dataset = PackedDataset(tmp_path / "set")
     wanted = islice(pack_builtin("icl-64", tokenizer, 128, 0, PackReport()), 3)
     assert [s.input_ids.tolist() for s in wanted] == dataset.input_ids.tolist()
-    with pytest.raises(data.NothingPacked, match="textbooks-64k: none of its"):
+    with pytest.raises(data.NothingPacked, match=r"textbooks-64k: none of its .* documents \("):
         data.pack_domain(tmp_path / "none", "textbooks-64k", 3, tokenizer, 65_536, 0)
+    assert [path.name for path in tmp_path.glob("*")] == ["lib", "set"]
 
 
 # --- 8. The command line, as typed ----------------------------------------------------------------
@@ -891,9 +754,8 @@ def type_command(*args: str) -> subprocess.CompletedProcess[str]:
 def test_pack_then_inspect(tmp_path):
     """`pack` writes a folder that opens and says what is in it; `inspect` says the same again."""
     out = str(tmp_path / "icl")
-    packed = type_command(
-        "pack", "--domain", "icl-64", "--seq", "128", "--sequences", "5", "--out", out
-    )
+    packed = type_command("pack", "--domain", "icl-64", "--seq", "128", "--sequences", "5",
+                          "--out", out)
     assert (packed.returncode, packed.stderr) == (0, "")
     dataset = PackedDataset(out)
     assert (len(dataset), dataset.seq_len, dataset[4].doc_lens) == (5, 128, (64, 64))
@@ -903,16 +765,14 @@ def test_pack_then_inspect(tmp_path):
     report, _, said = packed.stdout.partition("\n")
     assert inspected.stdout == said
     assert report == "documents in 10 (640 tokens), of no use whole 0; tokens packed 640, dropped 0"
-    assert (
-        "a" * 48 + "b" * 48 in said and (tmp_path / "icl" / "documents.png").stat().st_size > 1000
-    )
+    assert "a" * 48 + "b" * 48 in said
+    assert (tmp_path / "icl" / "documents.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("args", [
-    ["unpack", "now"], ["--domain", "short"], ["inspect"], ["inspect", "a", "b"], ["inspect",
-    "missing"],
-    ["pack", "--unknown"], ["pack", "--dom", "short"], ["pack", "--seq", "0"],
-    ["inspect", "--check"], ["pack", "--tokenizer", "gpt2"], ["pack", "--domain", "books-2k"],
+    ["unpack", "now"], ["--domain", "short"], ["inspect"], ["inspect", "a", "b"],
+    ["inspect", "missing"], ["inspect", "--check"], ["pack", "--unknown"], ["pack", "--seq", "0"],
+    ["pack", "--tokenizer", "gpt2"], ["pack", "--domain", "books-2k"],
     ["pack", "--seq", "100", "--domain", "code_repos-64"],
 ])
 def test_a_wrong_command_ends_in_one_line(args, tmp_path, monkeypatch, capsys):
@@ -926,32 +786,9 @@ def test_a_wrong_command_ends_in_one_line(args, tmp_path, monkeypatch, capsys):
     assert re.match(r"data\.py: error: ", err)
 
 
-@pytest.mark.parametrize("args", [[], ["-h"], ["--help"]])
-def test_without_a_command_data_explains_itself(args, monkeypatch, capsys):
+def test_without_a_command_data_explains_itself(monkeypatch, capsys):
     """The module's docstring is its help."""
-    monkeypatch.setattr(sys, "argv", ["data.py", *args])
+    monkeypatch.setattr(sys, "argv", ["data.py"])
     data.main()
     assert capsys.readouterr().out == data.__doc__ + "\n"
 
-
-def test_a_haystack_longer_than_all_code_is_an_error(installation, tokenizer):
-    """The message has both lengths."""
-    with pytest.raises(ValueError, match="haystack of 1,000,000 tokens"):
-        data.haystack_windows(tokenizer, np.random.default_rng(0), 1, 10**6, 0)
-
-
-def test_short_documents_begin_and_end_where_the_parser_says(installation, tokenizer):
-    """A form feed ends no line, and a decorator belongs to its function."""
-    odd = "x = 1\n\x0c\n@cache\ndef odd():\n    return 1\n"
-    (installation / "lib" / "package8" / "odd.py").write_text(odd)
-    assert "@cache\ndef odd():\n    return 1\n" in texts(tokenizer, data.short(tokenizer, 0))
-
-
-def test_a_missing_site_packages_is_no_packages(installation, monkeypatch):
-    """Where no package was ever installed, there is the standard library."""
-    paths = installed.sysconfig.get_paths() | {
-        "purelib": str(installation / "none"),
-        "platlib": "/nowhere",
-    }
-    monkeypatch.setattr(installed.sysconfig, "get_paths", lambda: paths)
-    assert "package6" in installed.list_repositories()

@@ -1,5 +1,4 @@
-"""Tests of the tokenizers that data.py reads: each gives the ids of the library that the file
-belongs to.
+"""Tests of the tokenizers that data.py reads: each gives the ids of its file's own library.
 
 Four byte-level BPE families are trained here, small, on this interpreter's own source, with Hugging
 Face's `tokenizers`: GPT-2 (its own split), Llama-3 (its split, whole words first, begin of text),
@@ -24,7 +23,7 @@ import tiktoken
 
 import data
 from data import load_tokenizer
-from support import tokenizer_files as files
+from support import tokenizers as files
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -68,17 +67,9 @@ def train(family: str, folder: Path) -> Path:
 
     bpe = tokenizers.Tokenizer(models.BPE(ignore_merges=family == "llama3"))
     split = files.LLAMA3_SPLIT if family == "llama3" else QWEN_SPLIT
-    bpe.pre_tokenizer = {
-        "gpt2": pre.ByteLevel(add_prefix_space=False),
-        "smollm": pre.Sequence(
-            [pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)]
-        ),
-    }.get(family) or pre.Sequence(
-        [
-            pre.Split(Regex(split), "isolated"),
-            pre.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    bytewise = pre.ByteLevel(add_prefix_space=False, use_regex=family in ("gpt2", "smollm"))
+    first = pre.Digits(True) if family == "smollm" else pre.Split(Regex(split), "isolated")
+    bpe.pre_tokenizer = bytewise if family == "gpt2" else pre.Sequence([first, bytewise])
     bpe.decoder = decoders.ByteLevel()
     if family == "qwen":
         bpe.normalizer = normalizers.NFC()
@@ -110,8 +101,7 @@ MEGABYTE = source_text(600_000)[:600_000] + text_of_all_scripts(200_000)
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_megabyte_has_the_ids_of_hugging_face(folders, family):
-    """Mixed code, scripts and white space; a special token's name in it stays text, as everywhere
-    here."""
+    """Mixed code, scripts and white space; a special token's name in it stays text."""
     theirs = tokenizers.Tokenizer.from_file(str(folders[family] / "tokenizer.json"))
     theirs.encode_special_tokens = True
     ours = load_tokenizer(str(folders[family]))
@@ -125,15 +115,12 @@ def test_a_megabyte_has_the_ids_of_hugging_face(folders, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_documents_begin_and_end_as_their_family_does(folders, family):
-    """Llama-3 begins with a token, the others with none; eos_token of tokenizer_config.json ends
-    all."""
+    """Llama-3 begins with a token, the others with none; eos_token of a file beside ends all."""
     theirs = tokenizers.Tokenizer.from_file(str(folders[family] / "tokenizer.json"))
     ours = load_tokenizer(str(folders[family]))
     ids = ours.document("def f(x):\n    return x").input_ids.tolist()
-    assert ids == [
-        *theirs.encode("def f(x):\n    return x").ids,
-        theirs.token_to_id(SPECIAL[family][-1]),
-    ]
+    end = theirs.token_to_id(SPECIAL[family][-1])
+    assert ids == [*theirs.encode("def f(x):\n    return x").ids, end]
     assert ours.special_id(SPECIAL[family][0]) == theirs.token_to_id(SPECIAL[family][0])
     assert ours.vocab_size == theirs.get_vocab_size()
     assert [path.name for path in ours.files] == ["tokenizer.json", "tokenizer_config.json"]
@@ -143,12 +130,6 @@ def test_documents_begin_and_end_as_their_family_does(folders, family):
         with pytest.raises(ValueError, match="begins a document with no token"):
             ours.bos_id  # noqa: B018
     assert load_tokenizer(str(folders[family] / "tokenizer.json")).fingerprint == ours.fingerprint
-
-
-def test_families_have_fingerprints_of_their_own(folders):
-    assert len({load_tokenizer(str(folder)).fingerprint for folder in folders.values()}) == len(
-        folders
-    )
 
 
 def _set(*path_and_value):
@@ -163,29 +144,29 @@ def _set(*path_and_value):
     return change
 
 
+def _split(pattern: str):
+    """A change of tokenizer.json: another pattern."""
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
+             "invert": False}
+    return _set("pre_tokenizer", lambda step: {"type": "Sequence", "pretokenizers": [
+        split, step | {"use_regex": False}]})
+
+
 @pytest.mark.parametrize(("change", "named"), [
     (_set("model", "type", "Unigram"), "model.type"),
     (_set("model", "byte_fallback", True), "model.byte_fallback"),
-    (_set("model", "end_of_word_suffix", "</w>"), "model.end_of_word_suffix"),
     (_set("normalizer", {"type": "NFKC"}), "normalizer"),
     (_set("decoder", None), "decoder"),
     (_set("pre_tokenizer", None), "pre_tokenizer"),
     (_set("pre_tokenizer", "add_prefix_space", True), "pre_tokenizer"),
-    (_set("pre_tokenizer", lambda step: {"type": "Sequence", "pretokenizers": [
-        {"type": "Split", "pattern": {"Regex": r"\p{L}+|\s+"}, "behavior": "Isolated",
-        "invert": False},
-        step | {"use_regex": False}]}), "drops text"),
-    (_set("pre_tokenizer", lambda step: {"type": "Sequence", "pretokenizers": [
-        {"type": "Split", "pattern": {"Regex": r"\p{L}+(?=\s)|\s+|\S"}, "behavior": "Isolated",
-         "invert": False}, step | {"use_regex": False}]}), "words that go on after white space"),
+    (_split(r"\p{L}+|\s+"), "drops text"),
+    (_split(r"\p{L}+(?=\s)|\s+|\S"), "words that go on after white space"),
     (_set("model", "merges", lambda merges: merges[:-1]), "model.merges"),
     (_set("model", "merges", lambda merges: [merges[-1], *merges[:-1]]), "model.merges"),
-    (_set("model", "merges", lambda merges: [*merges[:9], ["Q", "Q"], *merges[9:]]),
-    "model.merges"),
     (_set("model", "vocab", lambda vocab: {t: i for t, i in vocab.items() if t != "a"}),
-    "is no token"),
-    (_set("model", "vocab", lambda vocab: vocab | {"ab c": 5000}), "model.vocab"),
-    (_set("added_tokens", lambda added: [*added, {"content": "the", "id": 5000, "special": False}]),
+     "is no token"),
+    (_set("model", "vocab", lambda vocab: vocab | {"ab": 5000}), "model.vocab"),
+    (_set("added_tokens", lambda added: [*added, {"content": "the", "id": 999, "special": False}]),
      "added_tokens"),
     (lambda table: table.pop("model"), "'model'"),
 ])
@@ -233,7 +214,7 @@ def test_without_a_token_that_ends_documents_there_is_no_tokenizer(folders, tmp_
 
 @pytest.mark.parametrize("letter", ["a", " ", "\n", "é", "。", "a1"])
 def test_a_million_characters_without_a_break_take_seconds(folders, letter):
-    """No panic and no crawl, and the text comes back whole."""
+    """No panic and no crawl, and the text comes back."""
     tokenizer, text = load_tokenizer(str(folders["llama3"])), letter * 10**6
     begin = time.process_time()
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -254,22 +235,16 @@ def test_cuts_do_not_change_ids(folders, family, monkeypatch):
     assert np.array_equal(tokenizer.encode(text), whole)
 
 
-def llama_file(path: Path, tokens: list[bytes]) -> Path:
-    path.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(t), i) for i, t in enumerate(tokens)))
-    return path
-
-
 def test_llama3_model_file(folders, tmp_path):
-    """Base64 and rank, a line each; 256 special tokens follow, with the names and places of
-    Llama-3."""
+    """Base64 and rank, a line each; Llama-3's 256 special tokens follow."""
     ranks = load_tokenizer(str(folders["llama3"])).encoding._mergeable_ranks
-    path = llama_file(tmp_path / "tokenizer.model", sorted(ranks, key=ranks.__getitem__))
+    lines = [b"%s %d\n" % (base64.b64encode(token), ranks[token]) for token in ranks]
+    (tmp_path / "tokenizer.model").write_bytes(b"".join(lines))
     tokenizer, n = load_tokenizer(str(tmp_path)), len(ranks)
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (n + 256, n, n + 1)
     places = {"start_header_id": 6, "end_header_id": 7, "reserved_special_token_4": 8, "eot_id": 9,
               "reserved_special_token_5": 10, "reserved_special_token_250": 255}
     assert {name: tokenizer.special_id(f"<|{name}|>") - n for name in places} == places
-    assert tokenizer.files == (path,)
     theirs = tokenizers.Tokenizer.from_file(str(folders["llama3"] / "tokenizer.json"))
     theirs.encode_special_tokens = True
     text = MEGABYTE[500_000:700_000]
@@ -280,13 +255,12 @@ def test_llama3_model_file(folders, tmp_path):
 def test_another_model_file_is_refused(tmp_path, content):
     """Llama-2's sentencepiece model, an empty file, a part of the table."""
     (tmp_path / "tokenizer.model").write_bytes(content)
-    with pytest.raises(ValueError, match=r"tokenizer\.model .*not a table"):
+    with pytest.raises(ValueError, match=r"can.t be read exactly"):
         load_tokenizer(str(tmp_path))
 
 
 def test_ids_are_those_of_llamas_own_tokenizer():
-    """With `pip install llama-models`: the released table, Meta's code, text of many languages and
-    code."""
+    """With `pip install llama-models`: the released table, Meta's code, many languages."""
     reference = pytest.importorskip("llama_models.llama3.tokenizer")
     model = Path(reference.__file__).with_name("tokenizer.model")
     if not model.exists():
@@ -302,14 +276,9 @@ def test_ids_are_those_of_llamas_own_tokenizer():
 
 
 def test_named_encodings_are_those_that_tiktoken_has(monkeypatch):
-    """`tiktoken:NAME` where tiktoken has it; where it has not, one error that says where to put
-    it."""
-    small = tiktoken.Encoding(
-        "small",
-        pat_str=files.GPT2_SPLIT,
-        special_tokens={"<|endoftext|>": 256},
-        mergeable_ranks={bytes([i]): i for i in range(256)},
-    )
+    """`tiktoken:NAME` where tiktoken has it, or one error that says where to put it."""
+    small = tiktoken.Encoding("small", pat_str=files.GPT2_SPLIT, special_tokens={
+        "<|endoftext|>": 256}, mergeable_ranks={bytes([i]): i for i in range(256)})
     monkeypatch.setattr(tiktoken, "get_encoding", {"small": small}.__getitem__)
     tokenizer = load_tokenizer("tiktoken:small")
     assert tokenizer.document("ab").input_ids.tolist() == [97, 98, 256] and tokenizer.files == ()
@@ -333,8 +302,7 @@ def test_reading_a_tokenizer_fetches_nothing(folders):
 
 @pytest.mark.parametrize("family", [*FAMILIES, "bytes"])
 def test_a_written_tokenizer_gives_hugging_face_our_ids(folders, tmp_path, family):
-    """From ranks alone, as for Llama-3's tokenizer.model: ids there, text back, and our own
-    fingerprint."""
+    """From ranks alone, as for Llama-3's tokenizer.model: ids, text and fingerprint are ours."""
     ours = copy.copy(load_tokenizer("bytes" if family == "bytes" else str(folders[family])))
     ours.files = ()
     for name, content in data.tokenizer_files(ours).items():
@@ -348,22 +316,14 @@ def test_a_written_tokenizer_gives_hugging_face_our_ids(folders, tmp_path, famil
 
 
 def test_a_model_is_not_used_with_another_tokenizer(folders, tmp_path):
-    """Neither to train it nor to ask it; the message says what to write. The same table is fine
-    anywhere."""
-    with pytest.raises(
-        ValueError, match=f"is not tokenizer 'bytes'; write --tokenizer {folders['qwen']}"
-    ):
+    """Neither to train it nor to ask it. The same table is fine anywhere, byte by byte."""
+    with pytest.raises(ValueError, match=f"'bytes'; write --tokenizer {folders['qwen']}"):
         data.tokenizer_for(folders["qwen"], "bytes")
     ours = data.tokenizer_for(folders["qwen"], str(folders["qwen"]))
-    (tmp_path / "tokenizer.json").write_bytes((folders["qwen"] / "tokenizer.json").read_bytes())
-    (tmp_path / "tokenizer_config.json").write_bytes(
-        (folders["qwen"] / "tokenizer_config.json").read_bytes()
-    )
+    files = data.tokenizer_files(ours)
+    assert files == {path.name: path.read_bytes() for path in folders["qwen"].iterdir()}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
     assert data.tokenizer_for(tmp_path, str(folders["qwen"])) is ours
     assert data.tokenizer_for(tmp_path / "none", "bytes") is load_tokenizer("bytes")
 
-
-def test_a_tokenizer_from_a_file_is_passed_on_byte_by_byte(folders):
-    """Nothing is written anew where there is a tokenizer.json."""
-    files = data.tokenizer_files(load_tokenizer(str(folders["qwen"])))
-    assert files == {path.name: path.read_bytes() for path in folders["qwen"].iterdir()}

