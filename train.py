@@ -35,6 +35,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -172,6 +173,8 @@ def choose_stages(config: TrainConfig, head_dim: int) -> list[Stage]:
         if config.short_mix:
             stage = replace(stage, mixture=with_short_mix(stage.mixture, config.short_mix))
         if config.rope_theta is not None:
+            if not 0 < config.rope_theta < math.inf:
+                raise ValueError(f"--rope-theta {config.rope_theta} is not positive and finite")
             stage = replace(stage, rope_theta=config.rope_theta)
         chosen.append(scheduled(stage, config))
     return chosen
@@ -452,7 +455,6 @@ def load_checkpoint(folder: Path, model: Transformer,
                                    "exp_avg": torch.zeros_like(weight),
                                    "exp_avg_sq": torch.zeros_like(weight)}
     tensors, path = moments(model, optimizer), folder / "optimizer"
-    runs.check_pieces(path, tensors)
     try:
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(path)))
     except dcp.api.CheckpointException as error:
@@ -463,16 +465,13 @@ def load_checkpoint(folder: Path, model: Transformer,
 def initial_weights(config: RunConfig) -> tuple[Path | None, dict[str, Any] | None]:
     """The folder whose weights to start from, and its state if it is one of our checkpoints."""
     parallel = llama.init_parallel()
-    if config.resume:
-        found = runs.checkpoint_to_resume(Path(config.resume), parallel)
+    for folder in filter(None, (config.resume, config.init)):
+        found = runs.newest_checkpoint(Path(folder), parallel.main)  # if it is the folder of a run
         if found:
             return found
     if not config.init:
         return None, None
     source = Path(config.init)
-    found = runs.newest_checkpoint(source, parallel.main)  # if it is the folder of a run
-    if found:
-        return found
     return source, read_state(source) if (source / "state.json").exists() else None
 
 
@@ -493,7 +492,7 @@ class Run:
     optimizer: Optimizer
     dtype: torch.dtype
     log: runs.Log
-    stop: runs.StopRequest
+    stop: SimpleNamespace  # asked, busy: see runs.stop_on_signals
     tokens_seen: int = 0
 
     def checkpoint(self, stage: Stage, step: int) -> Path:
@@ -543,7 +542,6 @@ def run_stage(run: Run, stage: Stage, folder: Path,
 
     first = resumed["step"] if resumed else 0
     steps = load_steps(mixture, stage.steps - first, layout, parallel, config.reorder)
-    run.log.start(stage.name, first, stage.steps)
     run.stop.busy = True
     begin = saved_at = time.monotonic()
     for step, (sequences, batches, drawn) in enumerate(steps, start=first):
@@ -588,9 +586,9 @@ def open_mixture(run: Run, stage: Stage, folder: Path,
             dataset.check_content()
     dist.barrier()
     mixture = Mixture(datasets, stage.mixture, run.config.seed)
-    fingerprint = {"stage": asdict(stage), "seed": run.config.seed,
-                   "tokenizer": run.tokenizer.fingerprint,
-                   "data": {name: dataset.meta["sha256"] for name, dataset in datasets.items()}}
+    hashes = {f"data {name}": dataset.meta["sha256"] for name, dataset in datasets.items()}
+    fingerprint = {**asdict(stage), **hashes, "seed": run.config.seed,
+                   "tokenizer": run.tokenizer.fingerprint}
     if resumed:
         runs.check_unchanged(run.folder, resumed["fingerprint"], fingerprint)
         mixture.resume(resumed["drawn"])
@@ -691,14 +689,14 @@ def start_run(config: RunConfig, default_out: str, model: Transformer, stages: S
     folder = runs.make_run_folder(config, default_out, parallel)
     seen = state["tokens_seen"] if config.resume and state else 0
     log = runs.Log(folder, parallel.main, seen)
-    with runs.stop_on_signals(folder, parallel) as stop:
+    with runs.stop_on_signals(folder) as stop:
         run = Run(config, folder, parallel, tokenizer, model, optimizer, dtype, log, stop, seen)
         run.print0(f"run folder: {folder}; torch {torch.__version__}; {parallel.device}\n"
                    f"compute {str(dtype)[6:]} ({why}), attention {backend[0]} ({backend[1]})")
         if source and state:
             load_checkpoint(source, model, optimizer)
-        if source:
-            run.print0(f"start: {source}, " + ("with Adam's moments" if state else "weights alone"))
+        how = "with Adam's moments" if state else "weights alone"
+        run.print0(f"start: {source}, {how}" if source else "start: from the beginning")
         yield run
 
 

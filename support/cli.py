@@ -1,10 +1,6 @@
 """The command line: options are fields of a dataclass, lengths are "512k", errors take one line.
 
-    @dataclass(frozen=True)
-    class PackConfig:
-        seq: int = option(2048, "tokens of a packed sequence", parse_length)      ->  --seq 2k
-
-`choose` looks a name up in a table, and its error lists what there is to choose from.
+    seq: int = option(2048, "tokens of a packed sequence", parse_length)      ->  --seq 2k
 """
 
 from __future__ import annotations
@@ -20,6 +16,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+
+class BadLength(ValueError, argparse.ArgumentTypeError):
+    """Of an ArgumentTypeError argparse shows the text; of a ValueError, "invalid value"."""
+
+
+Entry = TypeVar("Entry")
+Config = TypeVar("Config")
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "b": 2**30}
 
 
@@ -31,8 +34,8 @@ def parse_length(text: str | int) -> int:
     digits = str(text).lower().rstrip("kmb")
     unit = str(text).lower()[len(digits):]
     if not digits.isdecimal() or unit not in _UNITS or int(digits) == 0:
-        raise ValueError(f"length {text!r} is not a positive whole number with an optional k, m or "
-                         "b; write for example 2048, 2k or 20b")
+        raise BadLength(f"length {text!r} is not a positive whole number with an optional k, m or "
+                        "b; write for example 2048, 2k or 20b")
     return int(digits) * _UNITS[unit]
 
 
@@ -54,18 +57,14 @@ def parse_mixture(text: str) -> dict[str, float]:
     for part in text.split(","):
         name, _, share = (field.strip() for field in part.partition("="))
         try:
-            number = float(share)
+            if not name or name in shares:
+                raise ValueError
+            shares[name] = float(share)
         except ValueError:
-            number = math.nan
-        if not name or name in shares or math.isnan(number):
             raise ValueError(f"mixture part {part!r} is not NAME=SHARE, each name once; write for "
-                             "example recall-2k=0.6,code_repos-2k=0.4")
-        shares[name] = number
+                             "example recall-2k=0.6,code_repos-2k=0.4") from None
     check_shares(shares)
     return shares
-
-
-Entry = TypeVar("Entry")
 
 
 def choose(what: str, name: str, table: Mapping[str, Entry]) -> Entry:
@@ -89,32 +88,14 @@ def add_config_args(parser: argparse.ArgumentParser, config: type) -> None:
     """Add an option for each field of a config: `seq_len` becomes `--seq-len`, `from_` `--from`."""
     hints = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
-        flag, kind = "--" + field.name.strip("_").replace("_", "-"), hints[field.name]
-        choices = [t for t in typing.get_args(kind) if t is not type(None)]
-        kind = choices[0] if choices else kind  # int | None -> int
+        flag = "--" + field.name.strip("_").replace("_", "-")
+        kind, *_ = typing.get_args(hints[field.name]) or [hints[field.name]]  # int | None -> int
+        how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+        if kind is not bool:
+            how = {"type": field.metadata["parse"] or kind,
+                   "metavar": flag[2:].upper().replace("-", "_")}
         help = field.metadata["help"] + ("" if field.default is None else " (default: %(default)s)")
-        if kind is bool:
-            parser.add_argument(flag, dest=field.name, action=argparse.BooleanOptionalAction,
-                                default=field.default, help=help)
-        else:
-            parse = field.metadata["parse"] or kind
-            parser.add_argument(flag, dest=field.name, type=_readable(parse), default=field.default,
-                                metavar=flag[2:].upper().replace("-", "_"), help=help)
-
-
-def _readable(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Let argparse show a parser's own ValueError rather than 'invalid value'."""
-
-    def convert(text: str) -> Any:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return convert
-
-
-Config = TypeVar("Config")
+        parser.add_argument(flag, dest=field.name, default=field.default, help=help, **how)
 
 
 def parse_cli(config: type[Config], doc: str | None, argv: Sequence[str] | None = None) -> Config:

@@ -1,9 +1,4 @@
-"""Files that appear whole or not at all, and JSON that a stranger may have written.
-
-A writer that dies leaves a folder `x.writing` (half written, deleted by the next writer), and
-between its two renames `x.old` (whole, put back by `recover`). Nobody ever sees half a folder under
-its own name.
-"""
+"""Files that appear whole or not at all, and JSON that a stranger may have written."""
 
 from __future__ import annotations
 
@@ -22,36 +17,30 @@ import numpy as np
 
 @contextmanager
 def whole_folder(folder: str | Path) -> Iterator[Path]:
-    """`with whole_folder(path) as aside:` fills `aside`, which becomes `path` at the end.
-
-    Files are fsynced before the rename. A folder that was there before is replaced.
-    """
+    """`with whole_folder(path) as aside:` fills `aside`, which replaces `path` at the end."""
     folder = Path(folder)
-    aside, old = folder.with_name(folder.name + ".writing"), folder.with_name(folder.name + ".old")
+    aside = folder.with_name(folder.name + ".writing")
     recover(folder)
-    shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
         yield aside
         for path in [*aside.rglob("*"), aside]:
             fsync(path)
         if folder.exists():  # a folder can't be renamed over a full one: it steps aside first
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
+            folder.rename(folder.with_name(folder.name + ".old"))
         aside.rename(folder)
         fsync(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+    finally:
         recover(folder)
-        raise
 
 
 def recover(folder: Path) -> None:
-    """Put the old folder back if the last writer died between its two renames."""
+    """Put right what a writer that died has left: half a folder, or the old one stepped aside."""
     old = folder.with_name(folder.name + ".old")
     if old.exists() and not folder.exists():
         old.rename(folder)
+    for end in (".writing", ".old"):
+        shutil.rmtree(folder.with_name(folder.name + end), ignore_errors=True)
 
 
 def fsync(path: Path) -> None:
@@ -69,50 +58,34 @@ def write_json(path: Path, entry: Any, indent: int = 2) -> None:
     aside.replace(path)
 
 
-def read_json(path: Path, limit_bytes: int = 2**26) -> dict[str, Any]:
-    """Read a JSON object. Raises ValueError, naming the file, for everything else.
-
-    Also for what Python's reader lets through: a key given twice, NaN, endless nesting, gigabytes.
-    """
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        entry = dict(pairs)
-        if len(pairs) != len(entry):
-            raise ValueError("a key is given twice")
-        return entry
-
+def read_json(path: Path, kinds: Mapping[str, type] | None = None) -> dict[str, Any]:
+    """Read a JSON object, with `kinds` of values. Raises ValueError for everything else."""
     def refuse(constant: str) -> float:
         raise ValueError(f"{constant} is no number")
 
     try:
-        size = path.stat().st_size
-        if size > limit_bytes:
-            raise ValueError(f"{size:,} bytes are too many")
-        entry = json.loads(path.read_text(), object_pairs_hook=unique, parse_constant=refuse)
+        entry = json.loads(path.read_text(), parse_constant=refuse)
         if not isinstance(entry, dict):
             raise ValueError("it holds no object")
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not readable JSON: {error}") from None
+    for key, kind in (kinds or {}).items():
+        value = entry.get(key)
+        if type(value) is not kind or (isinstance(value, int) and value < 0 and key != "seed"):
+            raise ValueError(f"{path}: {key!r} is {value!r}, no {kind.__name__} that can be")
     return entry
 
 
 def read_meta(folder: Path, kinds: Mapping[str, type], format: str = "",
               command: str = "") -> dict[str, Any]:
-    """Read a folder's meta.json. Raises ValueError unless it has `kinds` of values, and the format.
-
-    `command` is what makes such a folder: "pack" or "tokenize".
-    """
-    path = folder / "meta.json"
+    """Read the meta.json of a folder that `python data.py command` makes, of this format."""
+    path, made = folder / "meta.json", command.rstrip("e") + "ed"
     if not path.is_file():
-        raise ValueError(f"{folder} is not a {command.rstrip('e')}ed data folder: it has no "
-                         f"meta.json; make one with `python data.py {command}`")
-    meta = read_json(path)
-    if meta.get("format", "") != format:
+        raise ValueError(f"{folder} is not a {made} data folder: it has no meta.json; make one "
+                         f"with `python data.py {command}`")
+    if read_json(path).get("format", "") != format:
         raise ValueError(f"{path} does not say format {format!r}; make the folder again")
-    for key, kind in kinds.items():
-        value = meta.get(key)
-        if type(value) is not kind or (isinstance(value, int) and value < 0 and key != "seed"):
-            raise ValueError(f"{path}: {key!r} is {value!r}, no {kind.__name__} that can be")
-    return meta
+    return read_json(path, kinds)
 
 
 def map_file(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
@@ -120,8 +93,7 @@ def map_file(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
     wanted = math.prod(shape) * np.dtype(dtype).itemsize
     size = path.stat().st_size if path.is_file() else 0
     if size != wanted:
-        raise ValueError(f"{path} has {size:,} bytes where meta.json says {wanted:,}; the "
-                         "folder is damaged, make it again")
+        raise ValueError(f"{path} has {size:,} bytes, meta.json says {wanted:,}; make it again")
     return np.memmap(path, dtype=dtype, mode="r", shape=shape)
 
 
@@ -138,7 +110,7 @@ def check_ids(folder: str | Path, max_id: int, vocab_size: int) -> None:
     """Raise ValueError if a packed set has a token with no place in a vocabulary."""
     if max_id >= vocab_size:
         raise ValueError(f"{folder} has token id {max_id:,}, but there are only {vocab_size:,}; "
-                         "use the tokenizer and the model that belong together")
+                         "use the model that belongs to the tokenizer")
 
 
 def check_tokenizer(folder: str | Path, meta: dict[str, Any], tokenizer: Any) -> None:

@@ -1,13 +1,6 @@
 """How much memory and time a training step takes: the arithmetic behind `train.py --plan`.
 
-For Llama-3-8B with 512K tokens over eight GPUs, `memory_per_rank` counts for each GPU
-
-    weights and Adam's moments, over all ranks       11.2 GiB    float32, an eighth of them each
-    gathered: embedding, head and two blocks          3.6
-    kept for backward, then gradients                16.0        the input of each of the 32 blocks
-    at work: a block's MLP                           16.5
-
-Configurations are duck-typed: anything with Llama's field names (`dim`, `n_layers`, ...) will do.
+docs/512K.md goes through an example.
 """
 
 from __future__ import annotations
@@ -29,9 +22,8 @@ FLOPS = 0.4 * 989e12  # 40% of its bfloat16 peak: what a well-tuned 8B model rea
 
 def count_weights(config: Any) -> tuple[int, int]:
     """Weights of one block, and of everything else (embedding, head and the last norm)."""
-    q_dim = config.n_heads * config.head_dim
-    kv_dim = config.n_kv_heads * config.head_dim
-    block = config.dim * (2 * q_dim + 2 * kv_dim + 3 * config.ffn_dim + 2)
+    heads = 2 * config.n_heads + 2 * config.n_kv_heads  # of q and out, k and v
+    block = config.dim * (heads * config.head_dim + 3 * config.ffn_dim + 2)
     tables = 1 if config.tie_embeddings else 2
     return block, config.dim * (config.vocab_size * tables + 1)
 
@@ -40,10 +32,9 @@ def memory_per_rank(config: Any, options: Any, tokens: int, world_size: int, ite
                     host_optimizer: bool = False) -> dict[str, int]:
     """Bytes that a rank with `tokens` tokens needs at the worst moment of a step, part by part.
 
-    This is an inventory of the tensors that autograd keeps, tested against counted ones. `itemsize`
-    is that of the compute dtype; weights, gradients and moments are float32. Memory peaks either at
-    the loss (all activations kept, logits in memory, no gradients yet) or in the backward pass of a
-    block (by then gradients have replaced activations that were freed).
+    `itemsize` is that of the compute dtype; weights, gradients and moments are float32. Memory
+    peaks either at the loss (all activations kept, no gradients yet) or in the backward pass of a
+    block (gradients have replaced activations that were freed).
     """
     C, F, b = config.dim, config.ffn_dim, itemsize
     q_dim = config.n_heads * config.head_dim
@@ -80,20 +71,14 @@ def memory_per_rank(config: Any, options: Any, tokens: int, world_size: int, ite
 
 
 def dtype_for(name: str, device: torch.device, dim: int) -> tuple[torch.dtype, str]:
-    """The dtype to compute in, and why. Weights and the sums of their gradients stay in float32.
-
-    We choose by what the device is and never by timing, so that runs repeat.
-    """
+    """The dtype to compute in, and why: by what the device is, never by timing, so runs repeat."""
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
     if name != "auto":
         return choose("dtype", name, dtypes), "as asked"
-    if device.type == "cuda":
-        has_bfloat16 = torch.cuda.is_bf16_supported()
-    else:
-        has_bfloat16 = torch.cpu._is_avx512_bf16_supported()
-    if not has_bfloat16:
+    on_gpu = device.type == "cuda"
+    if not (torch.cuda.is_bf16_supported() if on_gpu else torch.cpu._is_avx512_bf16_supported()):
         return torch.float32, f"auto: this {device.type} has no bfloat16 matmuls"
-    if device.type == "cpu" and dim < 128:  # widening between matmuls costs as much as they gain
+    if not on_gpu and dim < 128:  # widening between matmuls costs as much as they gain
         return torch.float32, f"auto: on a CPU a model of width {dim} is no faster in bfloat16"
     return torch.bfloat16, f"auto: this {device.type} has bfloat16 matmuls"
 
@@ -120,8 +105,8 @@ def first_that_fits(choices: Sequence[Any], config: Any, shape: Any, tokens: int
     if device == "cpu" and (config.activations == "offload" or config.host_optimizer):
         raise ValueError("--activations offload and --host-optimizer move memory from a GPU to the "
                          "host, but this is the host; drop them")
-    for options in choices:
-        chosen = replace(options, loss_chunk_tokens=config.loss_chunk_tokens)
+    for chosen in choices:
+        chosen = replace(chosen, loss_chunk_tokens=config.loss_chunk_tokens)
         if config.mlp_tile_tokens is not None:
             chosen = replace(chosen, mlp_tile_tokens=config.mlp_tile_tokens)
         needed = sum(memory_per_rank(shape, chosen, tokens, world_size, itemsize,
@@ -134,21 +119,10 @@ def first_that_fits(choices: Sequence[Any], config: Any, shape: Any, tokens: int
 
 def format_plan(config: Any, shape: Any, stage: Any, options: Sequence[Any], chosen: Any,
                 sp_size: int, world_size: int, document_flops: Callable[[int], float]) -> str:
-    """The plan of one stage, with documents as long as the domains' names say (short ones 900)."""
-    tokens, flops = stage.seq_len // sp_size, 0.0  # of an average sequence
-    for domain, share in stage.mixture.items():
-        length = parse_length(domain.partition("-")[2] or 900)
-        documents = stage.seq_len / length * share / sum(stage.mixture.values())
-        flops += documents * document_flops(length)
-    return (f"\n{config.model}, stage {stage.name}: {stage.seq_len:,} tokens over {sp_size} of "
-            f"{world_size} ranks, {tokens:,} each; bfloat16, {GPU_BYTES / 2**30:.1f} GiB a GPU\n"
-            + format_memory_plan(config, shape, options, chosen, tokens, world_size)
-            + format_time_plan(shape, stage, flops, sp_size, world_size))
+    """One stage: what each memory option leaves a rank to hold, what `chosen` does; and the time.
 
-
-def format_memory_plan(config: Any, shape: Any, options: Sequence[Any], chosen: Any, tokens: int,
-                       world_size: int) -> str:
-    """What each memory option leaves a rank to hold, then the parts of the `chosen` one."""
+    Documents are as long as the domains' names say; short ones have 900 tokens.
+    """
     keep, recompute, tiles, offload = options
     table = {"everything kept, all logits at once": replace(keep, loss_chunk_tokens=0),
              "recompute blocks, all logits at once": replace(recompute, loss_chunk_tokens=0),
@@ -157,34 +131,36 @@ def format_memory_plan(config: Any, shape: Any, options: Sequence[Any], chosen: 
              "and the MLP in tiles": tiles,
              "and block inputs on the host": offload,
              "and weights and Adam on the host": offload}
-    text, fitting = f"  {'what each lever leaves a rank to hold':<46} {'GiB':>8}\n", []
+    tokens, most, fitting = stage.seq_len // sp_size, 0.95 * GPU_BYTES, []
+    lines = [f"\n{config.model}, stage {stage.name}: {stage.seq_len:,} tokens over {sp_size} of "
+             f"{world_size} ranks, {tokens:,} each; bfloat16, {GPU_BYTES / 2**30:.1f} GiB a GPU",
+             f"  {'what each lever leaves a rank to hold':<46} {'GiB':>8}"]
     for name, option in table.items():
-        on_host = "Adam" in name
-        parts = memory_per_rank(shape, option, tokens, world_size, host_optimizer=on_host)
-        fits = sum(parts.values()) < 0.95 * GPU_BYTES
-        fitting += [name] if fits else []
-        text += f"  {name:<46} {sum(parts.values()) / 2**30:>8.1f}  {'fits' if fits else '-'}\n"
-    text += f"  this command: {chosen}\n"
+        total = sum(memory_per_rank(shape, option, tokens, world_size,
+                                    host_optimizer="Adam" in name).values())
+        fitting += [name] if total < most else []
+        lines += [f"  {name:<46} {total / 2**30:>8.1f}  {'fits' if total < most else '-'}"]
     parts = memory_per_rank(shape, chosen, tokens, world_size, host_optimizer=config.host_optimizer)
-    for name, size in parts.items():
-        text += f"    {name:<44} {size / 2**30:>8.1f}\n"
     total, verdict = sum(parts.values()), "it fits"
-    if total >= 0.95 * GPU_BYTES:
+    if total >= most:
         verdict = f"it does not fit; what would: {fitting[0] if fitting else 'more ranks'}"
-    return text + f"    {'in all':<44} {total / 2**30:>8.1f}  {verdict}\n"
+    lines += [f"  this command: {chosen}"]
+    lines += [f"    {name:<44} {size / 2**30:>8.1f}" for name, size in parts.items()]
+    lines += [f"    {'in all':<44} {total / 2**30:>8.1f}  {verdict}"]
 
-
-def format_time_plan(shape: Any, stage: Any, sequence_flops: float, sp_size: int,
-                     world_size: int) -> str:
-    """Seconds of a step, hours of a stage, and what the exchanges of sequence parallelism send."""
-    flops = stage.batch_tokens // stage.seq_len * sequence_flops
+    flops = 0.0  # of a step
+    for domain, share in stage.mixture.items():
+        length = parse_length(domain.partition("-")[2] or 900)
+        documents = stage.batch_tokens / length * share / sum(stage.mixture.values())
+        flops += documents * document_flops(length)
     seconds = flops / FLOPS / world_size
-    speed = stage.batch_tokens / seconds / world_size
     hours = stage.steps * seconds * world_size / 3600
     heads = 2 * shape.n_heads + 2 * max(shape.n_kv_heads, sp_size)  # q and out, k and v
-    elements = shape.n_layers * stage.seq_len // sp_size * shape.head_dim * heads
+    elements = shape.n_layers * tokens * shape.head_dim * heads
     sent = 2 * 3 * elements * (sp_size - 1) / sp_size  # 2 bytes; forward, recomputed, backward
-    return (f"  a step of {stage.batch_tokens:,} tokens: {flops:.2e} FLOPs, {seconds:,.1f} s at "
-            f"{FLOPS / 1e12:.0f} TFLOP/s a GPU, {speed:,.0f} tok/s each;\n"
-            f"  {stage.steps:,} steps: {hours:,.0f} GPU-hours; where a document lies on two ranks, "
-            f"each sends {sent / 1e9:.1f} GB a sequence")
+    lines += [f"  a step of {stage.batch_tokens:,} tokens: {flops:.2e} FLOPs, {seconds:,.1f} s at "
+              f"{FLOPS / 1e12:.0f} TFLOP/s a GPU, "
+              f"{stage.batch_tokens / seconds / world_size:,.0f} tok/s each;",
+              f"  {stage.steps:,} steps: {hours:,.0f} GPU-hours; where a document lies on two "
+              f"ranks, each sends {sent / 1e9:.1f} GB a sequence"]
+    return "\n".join(lines)

@@ -21,8 +21,7 @@ class RunConfig:
     dtype: str = option("auto", "compute in auto, float32, bfloat16 or float64")
     attention: str = option("auto", "attention backend: auto, varlen, sdpa or reference")
     compile: str = option("auto", "torch.compile each block: on, off, or auto (on a GPU)")
-    activations: str = option("auto", "for backward keep all, recompute each block, offload its "
-                              "input to the host, or auto: the first of these that fits")
+    activations: str = option("auto", "keep, recompute or offload for backward; auto: what fits")
     loss_chunk_tokens: int = option(8192, "hold the logits of so many tokens; 0: of all", int)
     mlp_tile_tokens: int | None = option(None, "MLPs in tiles of so many tokens; 0: in one", int)
     host_optimizer: bool = option(False, "keep weights and Adam's moments in host memory")
@@ -39,10 +38,9 @@ class RunConfig:
     seed: int = option(0, "seed of weights, data and order", int)
 
     def __post_init__(self) -> None:
-        if self.compile not in ("auto", "on", "off"):
-            raise ValueError(f"compile={self.compile!r} is unknown; choose auto, on or off")
-        if self.keep < 0:
-            raise ValueError(f"keep={self.keep} is less than none; choose 0 to keep all")
+        if self.compile not in ("auto", "on", "off") or self.keep < 0:
+            raise ValueError(f"compile={self.compile!r} must be auto, on or off, and "
+                             f"keep={self.keep} not negative")
 
 
 @dataclass(frozen=True)
@@ -55,8 +53,7 @@ class TrainConfig(RunConfig):
     model: str = option("tiny", "model preset, where there is no --init")
     data: str = option("", "folder of packed domains; without it the embedded ones are packed")
     mix: str = option("", "other mixture: recall-2k=0.6,code_repos-2k=0.4")
-    short_mix: str = option("", "other short part: shortmix, shortmix-ablation, slimpajama, "
-                            "fineweb-edu or dclm")
+    short_mix: str = option("", "short part: shortmix[-ablation], slimpajama, fineweb-edu or dclm")
     rope_theta: float | None = option(None, "RoPE base of the stage", float)
     plan: bool = option(False, "print what a step needs in memory and time, and train nothing")
     world_size: int | None = option(None, "ranks that --plan is for", parse_length)

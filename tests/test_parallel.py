@@ -33,20 +33,10 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import model as llama
 import train
 from data import Batch, PackedSequence, arrange_step, make_batch
-from model import (
-    ModelConfig,
-    Parallel,
-    Transformer,
-    attention_reference,
-    crosses_ranks,
-    document_attention,
-    init_parallel,
-    load_pretrained,
-    ulysses_attention,
-    valid_seq_parallel_sizes,
-)
+from model import ModelConfig, Parallel, Transformer
 
 S, VOCAB, DIM = 48, 37, 9  # 37 and 9 rows leave uneven parts: over 4 ranks 10 10 10 7 and 3 3 3 0
 SAME = 1e-12  # relative difference that float64 rounding may cause
@@ -92,7 +82,7 @@ CASES = {
 def grid_cases(world: int) -> list[tuple[str, str]]:
     """All (grid, case) of a world whose heads that many ranks can share."""
     return [(f"{dp}x{sp}", name) for dp, sp in GRIDS[world] for name, case in CASES.items()
-            if sp in valid_seq_parallel_sizes(*case.heads)]
+            if sp in llama.valid_seq_parallel_sizes(*case.heads)]
 
 
 def make_model(heads: tuple[int, int] = (8, 2), tied: bool = False,
@@ -197,14 +187,14 @@ def check_tempting_rule(parallel: Parallel) -> dict[str, float | bool]:
     mine = slice(parallel.sp_rank * share, (parallel.sp_rank + 1) * share)
     ends = torch.tensor((0, *doc_lens)).cumsum(0)
     q, k, v = random_qkv(8, 8)
-    right = attention_reference(q, k, v, ends, max(doc_lens))[mine]
+    right = llama.attention_reference(q, k, v, ends, max(doc_lens))[mine]
     q, k, v = q[mine], k[mine], v[mine]
     inside = ends[(ends > mine.start) & (ends < mine.stop)] - mine.start
     cut = torch.cat((inside, torch.tensor([0, share])))
-    wrong = document_attention(q, k, v, cut.sort().values.int(), max(doc_lens))
-    ours = ulysses_attention(q, k, v, ends.int(), max(doc_lens), parallel.sp_group)
+    wrong = llama.document_attention(q, k, v, cut.sort().values.int(), max(doc_lens))
+    ours = llama.ulysses_attention(q, k, v, ends.int(), max(doc_lens), parallel.sp_group)
     return {"rule_holds": max(doc_lens) <= share,
-            "crosses": crosses_ranks(doc_lens, parallel.sp_size),
+            "crosses": llama.crosses_ranks(doc_lens, parallel.sp_size),
             "wrong": difference(wrong, right), "ours": difference(ours, right)}
 
 
@@ -230,7 +220,7 @@ def count_exchanged(parallel: Parallel, heads: int, kv_heads: int) -> list[int]:
     q, k, v = (x[:share].requires_grad_() for x in random_qkv(heads, kv_heads))
     with counter.patch:
         ends = torch.tensor([0, S], dtype=torch.int32)
-        out = ulysses_attention(q, k, v, ends, S, parallel.sp_group)
+        out = llama.ulysses_attention(q, k, v, ends, S, parallel.sp_group)
         forward = sum(counter.calls)
         out.sum().backward()
     return [forward, sum(counter.calls) - forward]
@@ -293,7 +283,7 @@ def check_ten_steps(parallel: Parallel, folder: Path) -> None:
 
 def check_checkpoint(written_by: str, parallel: Parallel, folder: Path) -> dict[str, object]:
     """Read another world's checkpoint: which bits differ, and where the next step leads."""
-    model = load_pretrained(folder / f"checkpoint-{written_by}")
+    model = llama.load_pretrained(folder / f"checkpoint-{written_by}")
     train.shard_model(model, parallel, torch.float64)
     optimizer = train.make_optimizer(model, weight_decay=0.1)
     state = train.load_checkpoint(folder / f"checkpoint-{written_by}", model, optimizer)
@@ -382,9 +372,9 @@ def spawn_world(worker: Callable[[int, int, Path], None], world: int, folder: Pa
 def worker(rank: int, world: int, folder: Path) -> None:
     """One rank: all checks of its world, then its JSON file."""
     join_world(rank, world, folder)
-    found: dict[str, object] = {"init_error": message_of(lambda: init_parallel(world + 1))}
+    found: dict[str, object] = {"init_error": message_of(lambda: llama.init_parallel(world + 1))}
     for dp, sp in GRIDS[world]:
-        parallel, grid = init_parallel(sp), f"{dp}x{sp}"
+        parallel, grid = llama.init_parallel(sp), f"{dp}x{sp}"
         for name in (name for g, name in grid_cases(world) if g == grid):
             found[f"{grid}/{name}"] = compare_with_reference(CASES[name], parallel)
         if grid in TEN_STEPS:
@@ -400,9 +390,9 @@ def worker(rank: int, world: int, folder: Path) -> None:
         found["tempting_rule"] = check_tempting_rule(parallel)
         found["exchanged"] = {f"{h}/{kv}": count_exchanged(parallel, h, kv)
                               for h, kv in EXCHANGED_HEADS
-                              if world in valid_seq_parallel_sizes(h, kv)}
+                              if world in llama.valid_seq_parallel_sizes(h, kv)}
         found["exchanges"] = {pack: count_model_exchanges(parallel, pack) for pack in PACKS}
-        found["heads_error"] = message_of(lambda: ulysses_attention(
+        found["heads_error"] = message_of(lambda: llama.ulysses_attention(
             *random_qkv(9, 3, 4), torch.tensor([0, 4 * world]), 4 * world, parallel.sp_group))
     (folder / f"found-{world}-{rank}.json").write_text(json.dumps(found))
     dist.barrier()
@@ -466,7 +456,7 @@ def test_packs_straddle_what_their_names_say():
                      "local": 1}
     for sp_size in (1, 2, 4, 8):
         for doc_lens in PACKS.values():
-            assert crosses_ranks(doc_lens, sp_size) == (most_ranks(doc_lens, sp_size) > 1)
+            assert llama.crosses_ranks(doc_lens, sp_size) == (most_ranks(doc_lens, sp_size) > 1)
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -512,7 +502,7 @@ def test_exchanged_bytes_are_the_formula(found, world):
 @pytest.mark.parametrize("world", WORLDS)
 def test_exchanges_happen_only_where_documents_cross(found, world):
     """Two exchanges a layer if any document crosses ranks, none at all otherwise."""
-    wanted = {name: 4 * crosses_ranks(doc_lens, world) for name, doc_lens in PACKS.items()}
+    wanted = {name: 4 * llama.crosses_ranks(doc_lens, world) for name, doc_lens in PACKS.items()}
     assert wanted["local"] == 0 and wanted["odd"] == 4
     assert all(rank["exchanges"] == wanted for rank in found(world))
 
@@ -561,6 +551,7 @@ def test_accumulation_is_one_big_batch(found):
         assert not too_large(rank[f"accumulation_{per_batch}"])
 
 
+@pytest.mark.slow
 def test_two_nodes_train_as_one_process(tmp_path):
     """Two torchrun agents that meet on the loopback share every sequence, as one process would."""
     with socket.socket() as free:
@@ -568,12 +559,10 @@ def test_two_nodes_train_as_one_process(tmp_path):
         port = free.getsockname()[1]
     node = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
             "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
-    run = [str(Path(train.__file__)), "--seq", "1k", "--batch-tokens", "1k", "--steps", "2",
-           "--no-eval",
+    run = [train.__file__, "--seq", "1k", "--batch-tokens", "1k", "--steps", "2", "--no-eval",
            "--dtype", "float64"]
     shared = ["--seq-parallel-size", "2", "--out", str(tmp_path / "two")]
-    nodes = [subprocess.Popen([*node, *run, *shared],
-                              stdout=subprocess.DEVNULL) for _ in range(2)]
+    nodes = [subprocess.Popen([*node, *run, *shared], stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [each.wait(timeout=120) for each in nodes] == [0, 0]
     subprocess.run([sys.executable, *run, "--out", str(tmp_path / "one")], check=True,
                    stdout=subprocess.DEVNULL)

@@ -117,28 +117,6 @@ def test_a_stage_at_another_length():
 # --- The step and the run ---
 
 
-def test_same_seed_same_log_and_another_seed_another(tmp_path, three_stages):
-    """Two runs of one command agree in every logged number and every weight."""
-    for name in ("a", "b"):
-        run(tmp_path / name, stage="")
-    run(tmp_path / "c", stage="", seed=1)
-    assert read_log(tmp_path / "a") == read_log(tmp_path / "b")
-    assert len(read_log(tmp_path / "a")) == 12
-    for stage in ("base", "long", "ultra"):
-        assert_same(*(weights(tmp_path / name / "checkpoints" / f"{stage}-4") for name in "ab"))
-    assert read_log(tmp_path / "a")[0]["loss"] != read_log(tmp_path / "c")[0]["loss"]
-
-
-def test_reordering_changes_no_gradient(tmp_path):
-    """A step sorted by cost and a step as drawn have the same loss and norm."""
-    options = {"stage": "long", "steps": 2, "batch_tokens": 8192, "micro_batch_tokens": 2048}
-    a = read_log(run(tmp_path / "a", **options))
-    b = read_log(run(tmp_path / "b", reorder=False, **options))
-    for x, y in zip(a, b, strict=True):
-        assert x["loss"] == pytest.approx(y["loss"], rel=1e-5)
-        assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-4)
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_precision_is_where_it_should_be(tmp_path, dtype):
     """Weights and moments are kept in float32 whatever is computed in; bfloat16 really is used."""
@@ -152,7 +130,10 @@ def test_precision_is_where_it_should_be(tmp_path, dtype):
 
 
 def test_resumed_is_uninterrupted(tmp_path, three_stages):
-    """A run that stops inside its second stage and goes on ends with the same bits and log."""
+    """A run that stops inside its second stage and goes on ends with the same bits and log.
+
+    Up to there it is a second run of the same command, so runs repeat as well.
+    """
     options = {"stage": "", "save_every": 2, "keep": 0}
     whole = run(tmp_path / "whole", **options)
     stopped = run(tmp_path / "stopped", **options)
@@ -163,7 +144,7 @@ def test_resumed_is_uninterrupted(tmp_path, three_stages):
     half = lines[7][:20]
     (stopped / "log.jsonl").write_text("".join(lines[:7]) + half)
     train.train(TrainConfig(resume=str(stopped)))
-    assert read_log(whole) == read_log(stopped)
+    assert read_log(whole) == read_log(stopped) and len(read_log(whole)) == 12
     for path in (whole / "checkpoints").iterdir():
         if path.name not in ("base-2", "base-4", "long-2"):
             assert_same(weights(path), weights(stopped / "checkpoints" / path.name))
@@ -278,21 +259,18 @@ def test_the_tiny_recipe_keeps_its_promises(tmp_path):
 
 @pytest.mark.parametrize("arguments, words", [
     ("--sequence 2k", "unrecognized arguments"),
-    ("--step 3", "unrecognized arguments"),
     ("--seq 12q", "length '12q'"),
     ("--recipe huge", "recipe 'huge'"),
     ("--stage middle", "'middle' is unknown"),
     ("--model llama9", "model 'llama9'"),
-    ("--mix recall-2k=-1", "none negative"),
-    ("--mix recall-2k=0", "not all 0"),
+    ("--rope-theta nan", "--rope-theta nan"),
+    ("--rope-theta 0", "--rope-theta 0"),
+    ("--rope-theta -1", "--rope-theta -1"),
     ("--mix recall-2k", "not NAME=SHARE"),
     ("--mix gossip-2k=1 --stage long", "domain 'gossip-2k'"),
     ("--mix code_repos-2k=1 --stage long", "fills a sequence of 2,048 tokens"),
     ("--mix recall-2k=1 --stage base", "must fill sequences of 256"),
-    ("--data nowhere", "is not a packed data folder"),
     ("--data empty", "has no meta.json"),
-    ("--data other --mix other=1 --stage base", "made with tokenizer"),
-    ("--data corrupt --mix corrupt=1 --stage base", "not readable JSON"),
     ("--batch-tokens 1000", "not a whole number of sequences"),
     ("--micro-batch-tokens 768 --stage base", "micro_batch_tokens=768"),
     ("--seq-parallel-size 3", "seq_parallel_size=3"),
@@ -300,8 +278,7 @@ def test_the_tiny_recipe_keeps_its_promises(tmp_path):
     ("--attention magic --steps 1", "backend 'magic'"),
     ("--tokenizer klingon", "tokenizer 'klingon'"),
     ("--init nowhere", "nowhere"),
-    ("--resume nowhere", "nowhere"),
-    ("--resume run --lr 1", "drop --lr"),
+    ("--resume run --lr 1", "--lr: None then, 1.0 now"),
     ("--out run", "holds a run already"),
 ])
 def test_bad_input_ends_in_one_line_and_code_2(tmp_path, monkeypatch, capsys, arguments, words):
@@ -311,14 +288,6 @@ def test_bad_input_ends_in_one_line_and_code_2(tmp_path, monkeypatch, capsys, ar
         (tmp_path / name).mkdir()
     (tmp_path / "run" / "log.jsonl").touch()
     (tmp_path / "run" / "config.json").write_text("{}")
-    tokenizer = data.load_tokenizer()
-    for name in ("other", "corrupt"):
-        sequences = [data.PackedSequence(data.np.zeros(256, data.np.uint32), (256,))]
-        data.write_packed(tmp_path / name / name, sequences, tokenizer, 256, name, 0,
-                          data.PackReport())
-    meta = tmp_path / "other" / "other" / "meta.json"
-    meta.write_text(meta.read_text().replace(tokenizer.fingerprint, "0" * 16))
-    (tmp_path / "corrupt" / "corrupt" / "meta.json").write_text('{"format": ')
     too_short = {"code_repos": lambda t, seed: iter([t.document("short")])}
     monkeypatch.setattr(data, "LONG_DOMAINS", data.LONG_DOMAINS | too_short)
     monkeypatch.setattr("sys.argv", ["train.py", *arguments.split()])
