@@ -58,14 +58,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
+from support import hf
 from support.cli import choose, parse_length, run_main
 from support.files import read_json, whole_folder
-from support.hf import ARCHITECTURES, parse_config, read_companions, write_config
+from support.hf import ARCHITECTURES
+from support.machine import PRESETS, format_shape, start_distributed, to_device
 from support.machine import device_peak_flops as device_peak_flops
 from support.machine import flops_per_step as flops_per_step
-from support.machine import format_shape, start_distributed, to_device
-from support.presets import PRESETS
-from support.weights import check_weights, load_tensors, write_tensors
 
 IGNORE_INDEX = -100  # a label that is not trained on; the value PyTorch's cross_entropy skips
 
@@ -74,7 +73,7 @@ IGNORE_INDEX = -100  # a label that is not trained on; the value PyTorch's cross
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a Llama, in Llama's own names; `rope_scaling` is Hugging Face's."""
+    """The shape of a Llama, in Llama's own names. Sizes are checked when config.json is read."""
 
     vocab_size: int
     dim: int
@@ -85,7 +84,7 @@ class ModelConfig:
     ffn_dim: int
     max_seq_len: int
     rope_theta: float = 10_000.0
-    rope_scaling: dict[str, Any] | None = None
+    rope_scaling: dict[str, Any] | None = None  # as in config.json
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     family: str = "llama"
@@ -779,9 +778,14 @@ def read_config(folder: str | Path) -> ModelConfig:
     path = Path(folder) / "config.json"
     entry = read_json(path)
     try:
-        return ModelConfig(**parse_config(entry))
-    except (TypeError, ValueError) as error:
+        config = ModelConfig(**hf.parse_config(entry))
+        with torch.device("cpu"):  # whatever device the model is being built on
+            frequencies, factor = rope_frequencies(config)
+        if not (frequencies.min() > 0 and frequencies.max() < math.inf and 0 < factor < math.inf):
+            raise ValueError("its RoPE frequencies are not all positive and finite")
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a model that nanolong can be: {error}") from None
+    return config
 
 
 def stored_parameters(model: Transformer) -> dict[str, Tensor]:
@@ -798,7 +802,7 @@ def empty_pretrained(folder: str | Path, dtype: torch.dtype | None = None) -> Tr
     with torch.device("meta"):
         model = Transformer(read_config(folder))
     parameters = stored_parameters(model)
-    for key, (_, stored_dtype) in check_weights(Path(folder), parameters).items():
+    for key, (_, stored_dtype) in hf.check_weights(Path(folder), parameters).items():
         parameters[key].data = parameters[key].data.to(dtype or stored_dtype)
     return model
 
@@ -809,8 +813,8 @@ def load_weights(model: Transformer, folder: str | Path,
     model.to_empty(device=device)
     if model.config.tie_embeddings:
         model.lm_head.weight = model.embed_tokens.weight  # to_empty has made them two
-    load_tensors(Path(folder), stored_parameters(model))
-    model.files = read_companions(Path(folder))
+    hf.load_tensors(Path(folder), stored_parameters(model))
+    model.files = hf.read_companions(Path(folder))
     return model
 
 
@@ -820,23 +824,22 @@ def load_pretrained(folder: str | Path, dtype: torch.dtype | None = None,
     return load_weights(empty_pretrained(folder, dtype), folder, device)
 
 
-def write_model(model: Transformer, folder: Path, main: bool = True,
-                shard_bytes: int = 5 * 10**9) -> None:
+def write_model(model: Transformer, folder: Path, main: bool = True) -> None:
     """Write weights, config.json and the files beside them into an existing folder.
 
     Under FSDP all ranks call it, because gathering weights is a collective; only `main` writes.
     """
-    write_tensors(folder, stored_parameters(model), main, shard_bytes)
+    hf.write_tensors(folder, stored_parameters(model), main)
     if main:
-        write_config(folder, asdict(model.config), next(model.parameters()).dtype)
+        hf.write_config(folder, asdict(model.config), next(model.parameters()).dtype)
         for name, content in model.files.items():
             (folder / name).write_bytes(content)
 
 
-def save_pretrained(model: Transformer, folder: str | Path, shard_bytes: int = 5 * 10**9) -> None:
+def save_pretrained(model: Transformer, folder: str | Path) -> None:
     """Save a Hugging Face folder, whole or not at all."""
     with whole_folder(folder) as aside:
-        write_model(model, aside, shard_bytes=shard_bytes)
+        write_model(model, aside)
 
 
 # --- 9. Command line ------------------------------------------------------------------------------
@@ -861,6 +864,8 @@ def export(folder: str, out: str, dtype: str = "bfloat16") -> None:
 
 def main() -> None:
     match sys.argv[1:]:
+        case [*_, "-h" | "--help"]:
+            print(__doc__)
         case ["info", name]:
             info(name)
         case ["info", name, "--length", length]:

@@ -44,7 +44,7 @@ from data import IGNORE_INDEX, Document, PackedSequence, PackReport, Tokenizer, 
 from eval import wilson_interval
 from model import KVCache, Transformer, empty_pretrained, load_pretrained, stream
 from support import installed
-from support.chats import ChatReport, Message, ask_about_context, read_chats
+from support.chats import Message, ask_about_context, read_chats
 from support.cli import choose
 from support.texts import read_rows
 from train import Run, RunConfig, Stage
@@ -228,13 +228,13 @@ def stage_of(config: SftConfig) -> Stage:
 
 
 def conversations_of(source: str, tokenizer: Tokenizer, config: SftConfig, seq_len: int,
-                     report: ChatReport) -> Iterator[list[Message]]:
+                     left_out: list[str]) -> Iterator[list[Message]]:
     """The built-in conversations, or those of a file or a data set of the hub (NAME:SPLIT)."""
     if source == "builtin":
         kinds = question_kinds(tokenizer)
         return builtin_conversations(tokenizer, config.seed, kinds, min(1024, seq_len // 2))
     name, _, split = source.partition(":")
-    return read_chats(read_rows(name, split=split or "train"), config.on_bad, report)
+    return read_chats(read_rows(name, split=split or "train"), config.on_bad, left_out)
 
 
 def pack_conversations(run: Run, stage: Stage, config: SftConfig) -> Path:
@@ -247,14 +247,15 @@ def pack_conversations(run: Run, stage: Stage, config: SftConfig) -> Path:
     for name, share in stage.mixture.items() if run.parallel.main else ():
         if name not in sources or (root / name).exists():
             continue  # an embedded domain, or packed before this run was resumed
-        read, packed = ChatReport(), PackReport()
-        conversations = conversations_of(sources[name], run.tokenizer, config, seq_len, read)
+        left_out, packed = list[str](), PackReport()
+        conversations = conversations_of(sources[name], run.tokenizer, config, seq_len, left_out)
         documents = (encode_chat(run.tokenizer, each, config.template) for each in conversations)
         drawn = stage.tokens / seq_len * share / sum(stage.mixture.values())
         sequences = islice(data.pack_sft(documents, seq_len, packed), math.ceil(drawn) + 1)
         data.write_packed(root / name, sequences, run.tokenizer, seq_len, name, config.seed, packed)
         run.print0(f"{name}: {packed.documents_in:,} conversations, {packed.tokens_in:,} tokens, "
-                   f"{packed.tokens_dropped:,} of them cut off{read}")
+                   f"{packed.tokens_dropped:,} of them cut off; {len(left_out):,} rows left out"
+                   + "".join(f"\n  {row}" for row in left_out[:5]))
     if run.parallel.main:
         train.pack_domains(stage, root, run.tokenizer, config.seed)
     dist.barrier()

@@ -1,18 +1,13 @@
-"""What one CUDA GPU can do: tokens/s, MFU and memory of whole training steps; and what they must
-not do.
+"""What one CUDA GPU can do: tokens/s, MFU and memory of whole training steps, and no hidden waits.
 
-    python experiments/gpu.py                      about fifteen minutes on one H100 (not run yet on
-    any) python experiments/gpu.py --device cpu         the same calls on a toy, to see that they
-    run
+    python experiments/gpu.py                  fifteen minutes on one H100 (not run on any yet)
+    python experiments/gpu.py --device cpu     the same calls on a toy, to see that they run
 
 1. Steps of train.py's own `train_step` on one GPU: llama3.2-3b at 64K (aim: 45% MFU), llama3.2-1b
-at 512K in
-   one document (aim: it fits), each with the memory options that
-   `--activations auto` would take.
+   at 512K in one document (aim: it fits), each with the memory options of `--activations auto`.
 2. `varlen` against full causal attention, and against `sdpa`, on 64K tokens of short documents.
 3. No wait for the device inside a step (torch.cuda's sync debug mode names every one), and no
-compilation
-   after the first steps, though document lengths change.
+   compilation after the first steps, though document lengths change.
 
 What each of eight GPUs would need for Llama-3-8B at 512K: experiments/simulate_ranks.py. Writes
 docs/figures/gpu.json.
@@ -65,9 +60,7 @@ class GpuConfig:
 def one_training(
     name: str, packs: list[PackedSequence], parallel: Parallel, steps: int
 ) -> dict[str, Any]:
-    """Train a preset with random weights on the packs in turn: seconds, MFU, peak GiB, late
-    compilations.
-    """
+    """Train a preset on the packs in turn: seconds, MFU, peak GiB, late compilations."""
     device, gpu = parallel.device, parallel.device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
     shape = preset_config(name, 295)
@@ -108,9 +101,7 @@ def one_training(
 
 
 def waits_inside_a_step(parallel: Parallel) -> int:
-    """How often forward and backward of a tiny model wait for the GPU: with every wait an error,
-    none.
-    """
+    """Whether forward and backward of a tiny model wait for the GPU: each wait is an error."""
     model = (
         Transformer(preset_config("tiny", 295)).to(parallel.device, torch.bfloat16).init_weights(0)
     )
@@ -127,9 +118,7 @@ def waits_inside_a_step(parallel: Parallel) -> int:
 
 
 def attention_speeds(parallel: Parallel, tokens: int) -> dict[str, float]:
-    """Milliseconds of forward and backward of one Llama-3-8B attention: full, and over short
-    documents.
-    """
+    """Milliseconds of one Llama-3-8B attention, both ways: full, and over short documents."""
     gpu = parallel.device.type == "cuda"
     lens = short_documents(np.random.default_rng(0), tokens)
     times = {}

@@ -1,8 +1,7 @@
 """One process runs the share of rank 0 in a step of N ranks: what would each of eight GPUs need?
 
     python experiments/simulate_ranks.py --world-size 8 --model llama3-8b --seq 512k --fake-tensors
-    python experiments/simulate_ranks.py --world-size 8 --model llama3-8b --seq 512k        on one
-    CUDA GPU
+    python experiments/simulate_ranks.py --world-size 8 --model llama3-8b --seq 512k   (a CUDA GPU)
 
 PyTorch's fake process group says "done" to every collective without sending anything. So one GPU
 holds and computes just what rank 0 of N would: its part of weights and optimizer, its tokens, its
@@ -127,9 +126,7 @@ def simulate(config: SimulateConfig, **changes: Any) -> dict[str, Any]:
                 optimizer.step()  # the first one makes Adam's moments
                 optimizer.zero_grad()
             begin = time.perf_counter()
-            if (
-                device.type == "cpu"
-            ):  # count what lives on between steps, then what comes and goes in one
+            if device.type == "cpu":  # what lives on between steps, then what comes and goes in one
                 tracker = MemTracker()
                 moments = [x for state in optimizer.state.values() for x in state.values()]
                 tracker.track_external(*(x.to_local() for x in [*model.parameters(), *moments]

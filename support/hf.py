@@ -1,4 +1,9 @@
-"""The configuration of a Hugging Face folder: which architecture, which shape, which RoPE."""
+"""A Hugging Face folder, in and out: config.json, and weights in safetensors files.
+
+What our Transformer would compute differently from transformers is a ValueError. So is a tensor
+that is missing, left over or of another shape, which the files' headers tell before any memory is
+taken. Weights stored as pickle are never read, because reading a pickle can run code.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from support.files import write_json
+from support.files import read_json, write_json
 
 
 class Architecture(NamedTuple):
@@ -33,67 +40,53 @@ FIELDS = SIZES | {
     "rms_norm_eps": "norm_eps", "tie_word_embeddings": "tie_embeddings",
     "bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id"}
 CONTEXT = "original_max_position_embeddings"  # the context before it was stretched
-ROPE_ENTRIES: dict[str, tuple[str, ...]] = {
-    "default": (), "linear": ("factor",), "dynamic": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", CONTEXT),
-    "yarn": ("factor", "beta_slow", "beta_fast", "attention_factor", CONTEXT)}
-ROPE_DEFAULTS = {"beta_slow": 1, "beta_fast": 32, "attention_factor": 1}
+ROPE_NEEDS: dict[str, set[str]] = {
+    "default": set(), "linear": {"factor"}, "dynamic": {"factor"}, "yarn": {"factor", CONTEXT},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", CONTEXT}}
+YARN_MAY_HAVE = {"beta_slow", "beta_fast", "attention_factor", "truncate"}
 COMPANIONS = (  # files that belong to a model and are passed on unchanged
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template.jinja")
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def parse_config(entry: dict[str, Any]) -> dict[str, Any]:
-    """Turn config.json's entry into ModelConfig's fields.
-
-    Raises ValueError for what our Transformer would compute differently from transformers.
-    """
+    """Turn config.json's entry into ModelConfig's fields. Raises ValueError or TypeError."""
     kind = entry.get("model_type")
-    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+    window = entry.get("sliding_window", 4096)  # transformers' default; null means none
+    entry = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "rope_theta": 10_000.0} | {
+        key: value for key, value in entry.items() if value is not None}
+    if kind not in ARCHITECTURES:
         raise ValueError(f"model_type is {kind!r}, only {', '.join(ARCHITECTURES)} are supported")
-    defaults: dict[str, Any] = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}
-    if "sliding_window" not in entry:
-        defaults["sliding_window"] = 4096  # transformers' default; null in the file means none
-    entry = defaults | {key: value for key, value in entry.items() if value is not None}
-    supported = {
-        "attention_bias": ARCHITECTURES[kind].qkv_bias, "mlp_bias": False, "hidden_act": "silu",
-        "partial_rotary_factor": 1, "rope_interleaved": False, "num_experts": 0,
-        "num_local_experts": 0, "quantization_config": {}}
+    supported = {"attention_bias": ARCHITECTURES[kind].qkv_bias, "mlp_bias": False,
+                 "hidden_act": "silu", "partial_rotary_factor": 1, "quantization_config": {}}
     for key, value in supported.items():
         if entry.get(key, value) != value:
             raise ValueError(f"{key} is {entry[key]!r}, only {value!r} is supported")
+    for key, type_ in (("rms_norm_eps", float), ("tie_word_embeddings", bool)):
+        if type(entry[key]) is not type_:
+            raise ValueError(f"{key} is {entry[key]!r}, not a {type_.__name__}")
 
-    n_heads = number(entry, "num_attention_heads")
-    entry.setdefault("num_key_value_heads", n_heads)
-    head_dim = 128 if kind == "qwen3" else number(entry, "hidden_size") // n_heads
-    entry.setdefault("head_dim", head_dim)
-    for key in SIZES:  # no real model is larger; a stranger's file could ask for any memory
-        number(entry, key, most=2**10 if key == "num_hidden_layers" else 2**24, kinds=(int,))
-    if n_heads % entry["num_key_value_heads"]:
+    n_heads = whole_number(entry, "num_attention_heads")
+    head_dim = 128 if kind == "qwen3" else whole_number(entry, "hidden_size") // n_heads
+    entry = {"num_key_value_heads": n_heads, "head_dim": head_dim} | entry
+    for key in SIZES:  # a stranger's file could ask for any number of layers
+        whole_number(entry, key, most=2**10 if key == "num_hidden_layers" else 2**24)
+    if n_heads % entry["num_key_value_heads"] or entry["head_dim"] % 2:
         raise ValueError(f"num_attention_heads={n_heads} is not divisible by num_key_value_heads="
-                         f"{entry['num_key_value_heads']}; query heads share KV heads in groups")
-    if entry["head_dim"] % 2:
-        raise ValueError(f"head_dim={entry['head_dim']} is odd, but RoPE rotates pairs")
-    number(entry, "rms_norm_eps", most=1)
-    if entry["tie_word_embeddings"] not in (True, False):
-        raise ValueError(f"tie_word_embeddings is {entry['tie_word_embeddings']!r}, not a boolean")
-
+                         f"{entry['num_key_value_heads']}, or head_dim={entry['head_dim']} by 2")
     slides = entry.get("use_sliding_window") if kind.startswith("qwen") else kind == "mistral"
-    context = entry["max_position_embeddings"]
-    if slides and entry.get("sliding_window", context) < context:
-        raise ValueError(f"sliding_window={entry['sliding_window']} is in use (max_position_"
-                         f"embeddings is {context}); this model only has full attention")
+    if slides and window is not None and window < entry["max_position_embeddings"]:
+        raise ValueError(f"sliding_window={window} is in use; this model only has full attention")
     parse_rope(entry)
     return {ours: entry[theirs] for theirs, ours in FIELDS.items() if theirs in entry}
 
 
-def number(entry: dict[str, Any], key: str, above: float = 0, most: float = 1e12,
-           kinds: tuple[type, ...] = (int, float)) -> Any:
-    """A number of one of the kinds, in range. Raises ValueError for anything else."""
-    value: Any = entry.get(key)
-    if type(value) not in kinds or not above < value <= most:
-        raise ValueError(f"{key} is {value!r}, not a number above {above} and at most {most:,}")
+def whole_number(entry: dict[str, Any], key: str, most: int = 2**24) -> int:
+    value = entry.get(key)
+    if type(value) is not int or not 0 < value <= most:
+        raise ValueError(f"{key} is {value!r}, not a whole number from 1 to {most:,}")
     return value
 
 
@@ -104,32 +97,24 @@ def parse_rope(entry: dict[str, Any]) -> None:
     take the theta of the longest text that the config allows, and make that length the context.
     """
     older, newer = entry.get("rope_scaling", {}), entry.get("rope_parameters", {})
-    if not isinstance(older, dict) or not isinstance(newer, dict):
-        raise ValueError(f"rope_scaling={older!r} and rope_parameters={newer!r} must be objects")
-    rope = {key: value for key, value in (newer or older).items() if value is not None}
-    if any(older[key] != rope[key] for key in older.keys() & rope.keys()):
+    if older | newer != newer | older:
         raise ValueError(f"rope_scaling={older} and rope_parameters={newer} contradict each other")
-    entry["rope_theta"] = rope.pop("rope_theta", entry.get("rope_theta", 10_000.0))
-    older_name = rope.pop("type", "default")
-    kind = rope.pop("rope_type", older_name)
-    if not isinstance(kind, str) or kind not in ROPE_ENTRIES:
-        raise ValueError(f"rope_scaling type {kind!r} is not supported; choose one of "
-                         f"{', '.join(ROPE_ENTRIES)}")
-    if CONTEXT in ROPE_ENTRIES[kind]:  # written down: the context may grow, this must not
+    rope = {key: value for key, value in (older | newer).items() if value is not None}
+    entry["rope_theta"] = rope.pop("rope_theta", entry["rope_theta"])
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    needs = ROPE_NEEDS.get(kind, set())
+    if CONTEXT in needs:  # written down: the context may grow, this must not
         rope[CONTEXT] = entry.get(CONTEXT, rope.get(CONTEXT, entry["max_position_embeddings"]))
-    unknown = rope.keys() - ROPE_ENTRIES[kind] - {"truncate"}
-    if unknown:
-        raise ValueError(f"rope_scaling of type {kind!r} has an unknown entry {min(unknown)!r}")
-    theta = number(entry, "rope_theta", above=1)
-    for key in ROPE_ENTRIES[kind]:
-        number(ROPE_DEFAULTS | rope, key)
-    for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
-        if rope.get(low, 1) >= rope.get(high, 32):
-            raise ValueError(f"{high}={rope.get(high, 32)} must be above {low}={rope.get(low, 1)}")
+    others = rope.keys() - needs - (YARN_MAY_HAVE if kind == "yarn" else set())
+    if kind not in ROPE_NEEDS or not needs <= rope.keys() or others:
+        raise ValueError(f"rope_scaling of type {kind!r} has the entries {sorted(rope)}, needs are "
+                         f"{sorted(needs)}, known types are {', '.join(ROPE_NEEDS)}")
+    if rope.get("low_freq_factor", 1) >= rope.get("high_freq_factor", 4):
+        raise ValueError(f"{rope}: high_freq_factor must be above low_freq_factor")
     if kind == "dynamic":
-        factor, head_dim = rope["factor"], entry["head_dim"]
+        factor, head_dim = max(1, rope["factor"]), entry["head_dim"]
         stretch = factor**2 - (factor - 1)  # transformers' formula, for factor * context tokens
-        entry["rope_theta"] = theta * stretch ** (head_dim / max(1, head_dim - 2))
+        entry["rope_theta"] *= stretch ** (head_dim / max(1, head_dim - 2))
         entry["max_position_embeddings"] = round(factor * entry["max_position_embeddings"])
     entry["rope_scaling"] = None if kind in ("default", "dynamic") else rope | {"rope_type": kind}
 
@@ -149,3 +134,72 @@ def write_config(folder: Path, fields: dict[str, Any], dtype: torch.dtype) -> No
 def read_companions(folder: Path) -> dict[str, bytes]:
     """The files beside the weights that belong to the model."""
     return {name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).is_file()}
+
+
+def check_weights(folder: Path, parameters: dict[str, Tensor]) -> dict[str, Any]:
+    """Find each parameter's file and its dtype there, reading the headers alone."""
+    from safetensors import SafetensorError, safe_open
+
+    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index} has no weight_map")
+        names = sorted({str(name) for name in weight_map.values()})
+    expected = {key: tuple(weight.shape) for key, weight in parameters.items()}
+    found = {}
+    for path in (folder / name for name in names):
+        try:
+            with safe_open(path, framework="pt") as file:
+                headers = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+        for key, header in headers.items():
+            if key not in parameters and key.endswith(("rotary_emb.inv_freq", "lm_head.weight")):
+                continue  # older writers store what config.json says, and a tied table twice
+            shape, dtype = tuple(header.get_shape()), header.get_dtype()
+            wanted = expected.pop(key, None)  # None: it is left over, or there twice
+            if shape != wanted or dtype not in DTYPES:
+                raise ValueError(f"{path}: {key!r} is {dtype} {shape}; config.json needs {wanted} "
+                                 f"in one of {', '.join(DTYPES)}")
+            found[key] = path, DTYPES[dtype]
+    if expected:
+        raise ValueError(f"{folder} lacks {len(expected)} tensors, such as {min(expected)!r}")
+    return found
+
+
+def load_tensors(folder: Path, parameters: dict[str, Tensor]) -> None:
+    """Fill the parameters, under FSDP this rank's rows of each, from the folder's files."""
+    from safetensors import safe_open
+
+    for key, (path, _) in check_weights(folder, parameters).items():
+        mine, rows = local_rows(parameters[key])
+        # The mapped pages of an open file count as our memory, so we open it for each tensor anew.
+        with safe_open(path, framework="pt") as file, torch.no_grad():
+            mine.copy_(file.get_slice(key)[rows])
+
+
+def local_rows(weight: Tensor) -> tuple[Tensor, slice]:
+    """This rank's part of a weight, and its rows: FSDP2 gives ceil(n / ranks) rows to each rank."""
+    if not isinstance(weight, DTensor):
+        return weight, slice(0, weight.shape[0])
+    mine, share = weight.to_local(), -(-weight.shape[0] // weight.device_mesh.size())
+    begin = min(share * weight.device_mesh.get_local_rank(), weight.shape[0])
+    return mine, slice(begin, begin + mine.shape[0])
+
+
+def write_tensors(folder: Path, parameters: dict[str, Tensor], main: bool) -> None:
+    """Write all parameters. Under FSDP every rank takes part in gathering, and only `main` writes.
+
+    We gather before we write: no rank waits for a `main` whose disk is full.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for key, weight in parameters.items():
+        part = weight.detach()
+        whole = part.full_tensor() if isinstance(part, DTensor) else part
+        if main:
+            tensors[key] = whole.cpu().contiguous()
+    if main:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

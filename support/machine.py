@@ -1,4 +1,4 @@
-"""The machine: its devices and processes, and how much a training step asks of it."""
+"""Devices and processes, the shapes of released models, and what a training step asks of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from support.memory import count_weights
+
 PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense, from the vendor's datasheets
+LLAMA32 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0,
+           "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+COLUMNS = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim",
+           "max_seq_len", "rope_theta", "rope_scaling", "tie_embeddings")
+SHAPES = {  # tiny has enough heads for 8 ranks; its vocabulary of 0 means the tokenizer's
+    "tiny":         (0,         64,  2,  8, 4,  16,    192,     256, 1e4, None,    True),
+    "smollm2-135m": (49_152,   576, 30,  9, 3,  64,   1536,    8192, 1e5, None,    True),
+    "llama3.2-1b":  (128_256, 2048, 16, 32, 8,  64,   8192, 131_072, 5e5, LLAMA32, True),
+    "llama3.2-3b":  (128_256, 3072, 28, 24, 8, 128,   8192, 131_072, 5e5, LLAMA32, True),
+    "llama3-8b":    (128_256, 4096, 32, 32, 8, 128, 14_336,    8192, 5e5, None,    False),
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    name: dict(zip(COLUMNS, row, strict=True)) for name, row in SHAPES.items()}
 
 
 def start_distributed(world_size: int) -> torch.device:
@@ -21,12 +36,11 @@ def start_distributed(world_size: int) -> torch.device:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        if world_size == 1 and "MASTER_ADDR" not in os.environ:  # alone: no port, no network
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        else:  # hours, because the others wait while rank 0 packs data
-            dist.init_process_group(backend, timeout=timedelta(hours=6))
+    if not dist.is_initialized():  # hours, because the others wait while rank 0 packs data
+        options: dict[str, Any] = {"timeout": timedelta(hours=6)}
+        if world_size == 1:  # alone: no port, no network
+            options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
     return device
 
 
@@ -38,17 +52,14 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 def flops_per_step(config: Any, doc_lens: Sequence[int]) -> float:
     """Floating-point operations to train a model of this shape on these documents once.
 
-        weights     6 per weight of a matmul and token (2 forward, 4 backward)
-        attention   6 * n_layers * n_heads * head_dim * length^2 for each document
-
-    Recomputation gets no credit. Source: PaLM (2204.02311) appendix B, with real document lengths.
+    6 per weight of a matmul and token (2 forward, 4 backward), and for attention
+    6 * n_layers * n_heads * head_dim * length^2 per document. Source: PaLM (2204.02311) appendix B.
     """
-    q_dim = config.n_heads * config.head_dim
-    kv_dim = config.n_kv_heads * config.head_dim
-    per_layer = config.dim * (2 * q_dim + 2 * kv_dim + 3 * config.ffn_dim)
-    weights = config.n_layers * per_layer + config.dim * config.vocab_size  # no embedding lookup
+    block, _ = count_weights(config)  # without its two norms, without the embedding's lookup:
+    weights = config.n_layers * (block - 2 * config.dim) + config.dim * config.vocab_size
     squares = sum(length * length for length in doc_lens)
-    return 6.0 * weights * sum(doc_lens) + 6.0 * config.n_layers * q_dim * squares
+    attention = config.n_layers * config.n_heads * config.head_dim * squares
+    return 6.0 * weights * sum(doc_lens) + 6.0 * attention
 
 
 @lru_cache
@@ -67,11 +78,10 @@ def device_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def format_shape(name: str, model: Any, length: int) -> str:
-    """What a model needs to read one text of `length` tokens, and its shape."""
+    """A model's shape, and what it needs to read one text of `length` tokens."""
     config, table = model.config, model.embed_tokens.weight.numel()
-    n_weights = sum(weight.numel() for weight in model.parameters())
-    weights = 2 * n_weights / 2**30
-    cache = 2 * 2 * config.n_layers * config.n_kv_heads * config.head_dim * length / 2**30
-    return (f"{name}: {n_weights:,} parameters, {table:,} of them the embedding table\n{config}\n"
-            f"GiB to read a text of {length:,} tokens in bfloat16: weights {weights:.3f}, "
-            f"keys and values {cache:.3f}")
+    count = sum(weight.numel() for weight in model.parameters())
+    cache = 4 * config.n_layers * config.n_kv_heads * config.head_dim * length
+    return (f"{name}: {count:,} parameters, {table:,} of them the embedding table\n{config}\n"
+            f"GiB to read a text of {length:,} tokens in bfloat16: weights {count / 2**29:.3f}, "
+            f"keys and values {cache / 2**30:.3f}")

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import model as m
@@ -375,24 +375,11 @@ def rank_of(sp_size, sp_rank):
     return SimpleNamespace(sp_size=sp_size, sp_rank=sp_rank, sp_group="the ranks")
 
 
-@pytest.mark.parametrize("doc_lens, sp_size, crosses", [
-    ((16,), 1, False),
-    ((16,), 2, True),
-    ((8, 8), 2, False),
-    ((3, 5, 8), 2, False),
-    ((6, 4, 6), 2, True),   # the longest is 6 <= 8, and yet the 4 lies on both ranks
-    ((4, 4, 4, 4), 4, False),
-    ((8, 4, 4), 4, True),   # on ranks 0 and 1; every other boundary is a document's
-    ((19, 28, 24, 29), 4, True),  # a user's case, 25 tokens a rank
-])
-def test_crosses_ranks(doc_lens, sp_size, crosses):
-    """Hand-made cases."""
-    assert m.crosses_ranks(doc_lens, sp_size) is crosses
-
-
 @property_test
 @given(doc_lens=st.lists(st.integers(1, 6), min_size=1, max_size=8),
        sp_size=st.sampled_from([1, 2, 3, 4]))
+@example([6, 4, 6], 2)  # the longest is no longer than a share, and yet the 4 lies on both ranks
+@example([8, 4, 4], 4)  # on ranks 0 and 1; every other boundary is a document's
 def test_layout_equals_counting(doc_lens, sp_size):
     """Every rank's positions, boundaries and need to exchange, token by token."""
     if rest := sum(doc_lens) % sp_size:

@@ -1,11 +1,10 @@
-"""Tests of experiments/neighbours.py: a transform moves tokens, it makes or loses none that it
-doesn't name.
+"""experiments/neighbours.py: a transform moves tokens; it makes or loses none that it doesn't name.
 
-    knots            untied by their names, the documents come back token for token; order is kept
-    decomposition    pieces are the document, sizes are powers of two, batches have one; short comes
-    first positions        one jump a document, none beyond the target; all else as it was averages
-    the gradient of LongAlign's formula, written down naively, in float64 packs            train.py
-    draws a pack in the order in which it was made
+    knots            untied by their names, the documents come back token for token, in order
+    decomposition    pieces are the document, sizes are powers of two; short batches come first
+    positions        one jump a document, none beyond the target; all else as it was
+    averages         the gradient of LongAlign's formula, written down naively, in float64
+    packs            train.py draws a pack in the order in which it was made
 """
 
 import sys
@@ -34,16 +33,14 @@ HEAD, NAMES = TOKENIZER.special_id(neighbours.HEAD), TOKENIZER.special_id(neighb
 
 def documents_of(rng, lengths):
     """Random bytes, every document with a random mask."""
-    return [
-        Document(rng.integers(256, size=n).astype(np.uint32), rng.random(n) < 0.5) for n in lengths
-    ]
+    return [Document(rng.integers(256, size=n).astype(np.uint32), rng.random(n) < 0.5)
+            for n in lengths]
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(8, 60), min_size=1, max_size=5), st.integers(0, 2**32))
 def test_a_knot_holds_its_documents(lengths, seed):
-    """Every document's tokens stand in the knot in their order, with their masks; all else are
-    names."""
+    """A document's tokens stand in the knot in order, with their masks; all else are names."""
     rng = np.random.default_rng(seed)
     documents = documents_of(rng, lengths)
     for i, document in enumerate(documents):  # no letters; the last three bits say whose they are
@@ -69,10 +66,8 @@ def test_a_knot_names_its_chunks_in_order():
     heads = [i for i, token in enumerate(ids) if token == HEAD]
     names = [token for i in heads for token in ids[i + 1:i + 3]]
     assert len(heads) > 1 and ids[ids.index(NAMES) + 1:] == names
-    assert (
-        tied.loss_mask[ids.index(NAMES) + 1 :].all()
-        and not tied.loss_mask[[h + 1 for h in heads]].any()
-    )
+    assert tied.loss_mask[ids.index(NAMES) + 1:].all()
+    assert not tied.loss_mask[[h + 1 for h in heads]].any()
 
 
 def test_chunks_are_shuffled():
@@ -156,14 +151,12 @@ def test_skipped_positions_reach_the_target():
 
 
 def small_model():
-    config = model.ModelConfig(**{**vars(model.preset_config("tiny", 300))})
-    return model.Transformer(config).init_weights(0).double()
+    return model.Transformer(model.preset_config("tiny", 300)).init_weights(0).double()
 
 
 @pytest.mark.parametrize("what, groups", [("documents", (3, 5, 4, 12)), ("sequences", (12, 12))])
 def test_averages(what, groups):
-    """Loss and gradients are those of the formula: the mean, over groups with a label, of each
-    one's mean."""
+    """Loss and gradients of the formula: the mean, over groups with a label, of each one's mean."""
     torch.manual_seed(0)
     doc_lens = (3, 5, 4, 12)
     ids, labels = torch.randint(300, (24,)), torch.randint(300, (24,))
