@@ -233,10 +233,7 @@ def write_packed(folder: str | Path, sequences: Iterable[PackedSequence], tokeni
 
 
 class PackedDataset:
-    """A packed set as memory maps: `dataset[i]` is a PackedSequence, read when it is used.
-
-    Sizes are checked at opening. If a file is cut later, reading it kills the process (SIGBUS).
-    """
+    """A packed set as memory maps: `dataset[i]` is a PackedSequence, read when it is used."""
 
     def __init__(self, folder: str | Path) -> None:
         """Open a folder. Raises ValueError if its meta.json and its files do not agree."""
@@ -262,6 +259,7 @@ class PackedDataset:
         return len(self.input_ids)
 
     def __getitem__(self, i: int) -> PackedSequence:
+        files.check_maps(self.input_ids, self.doc_lens, self.loss_mask)
         begin = int(self.doc_ends[i - 1]) if i else 0
         doc_lens = tuple(self.doc_lens[begin:int(self.doc_ends[i])].tolist())
         mask = None if self.loss_mask is None else self.loss_mask[i]

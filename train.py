@@ -106,7 +106,7 @@ def with_short_mix(mixture: dict[str, float], name: str = "shortmix") -> dict[st
 
 
 TINY = [
-    Stage("base", 256, 1e4, {"recall_bare-256": 1.0},
+    Stage("base", 256, 1e4, {"recall_bare-256": 0.5, "recall-256": 0.5},
           tokens=3000 * 1024, batch_tokens=1024, lr=3e-3, min_lr=3e-4),
     Stage("long", 2048, 1.6e5,
           {"recall_bare-256": 0.13, "recall-256": 0.20, "recall-2k": 0.45, "code_repos-2k": 0.06,

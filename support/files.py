@@ -97,6 +97,13 @@ def map_file(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
     return np.memmap(path, dtype=dtype, mode="r", shape=shape)
 
 
+def check_maps(*maps: Any) -> None:
+    """Raise ValueError for a file that was cut while it is mapped: reading it would be SIGBUS."""
+    for array in maps:
+        if array is not None and os.path.getsize(array.filename) != array.nbytes:
+            raise ValueError(f"{array.filename} was cut while it is in use; make the folder again")
+
+
 def sha256_of(folder: Path, pattern: str) -> str:
     """One checksum of a folder's files, from the checksum of each."""
     digest = hashlib.sha256()

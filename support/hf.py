@@ -146,6 +146,11 @@ def check_weights(folder: Path, parameters: dict[str, Tensor]) -> dict[str, Any]
         if not isinstance(weight_map, dict):
             raise ValueError(f"{index} has no weight_map")
         names = sorted({str(name) for name in weight_map.values()})
+        if any(Path(name).name != name for name in names):
+            raise ValueError(f"{index} names a file that is not in its folder")
+    elif not (folder / names[0]).exists() and any(folder.glob("*.bin")):
+        raise ValueError(f"{folder} holds weights as pickle alone, which can run code when it is "
+                         "read; get the model's safetensors")
     expected = {key: tuple(weight.shape) for key, weight in parameters.items()}
     found = {}
     for path in (folder / name for name in names):

@@ -15,6 +15,7 @@ The embedded domains read a small made-up Python installation, so that each expe
 import json
 import math
 import random
+import os
 import re
 import subprocess
 import sys
@@ -408,6 +409,15 @@ def test_a_damaged_folder_does_not_open(packed, damage, named):
     with pytest.raises(ValueError, match=named) as error:
         PackedDataset(packed)
     assert str(packed) in str(error.value)
+
+
+def test_a_file_that_is_cut_while_it_is_mapped(packed):
+    """Reading there would kill the process, so each draw looks at the sizes first."""
+    dataset = PackedDataset(packed)
+    dataset[0]
+    os.truncate(packed / "input_ids.bin", 4)
+    with pytest.raises(ValueError, match=r"input_ids.bin was cut"):
+        dataset[0]
 
 
 @pytest.mark.parametrize("make", [lambda path: None, Path.mkdir, Path.touch])
