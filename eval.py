@@ -52,8 +52,13 @@ from model import (
 )
 from support import fitting, scores, tasks, toy
 from support.cli import choose, format_length, option, parse_length
-from support.record import open_record
-from support.report import compare_files, draw_evaluation, draw_recall, print_tokens  # noqa: F401
+from support.report import (  # noqa: F401
+    compare_files,
+    draw_evaluation,
+    draw_recall,
+    open_record,
+    print_tokens,
+)
 from support.scores import format_table, macro_averages, save_evaluation  # noqa: F401
 
 # --- 1. What a task is ----------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """From tasks as text to examples in tokens: of the length asked for, or ready prompts from a file.
 
-`fit` draws larger and larger examples up to the length wanted. A line of a JSONL file may be
+A line of a JSONL file may be
 
     RULER's      {"input", "outputs"}, "answer_prefix" if there
     JSON pairs   {"context", "question", "answer", "demos"}: two demonstrations are shown
@@ -30,10 +30,23 @@ class Encoded(NamedTuple):
 
     context_ids: np.ndarray
     questions: list[tuple[np.ndarray, tuple[str, ...], float | None, float, dict[str, int] | None]]
-    budget: int
+    budget: int  # tokens that an answer may have
 
 
-# --- 1. Examples of a length ----------------------------------------------------------------------
+def encode_example(tokenizer: Any, example: TextExample, spare: int = 0) -> Encoded:
+    """Turn text into tokens, behind `spare` idle ones, and an answer's place into its depth."""
+    filler = tokenizer.encode(FILLER * (1 + spare))[:spare]
+    before = len(tokenizer.decode(filler))  # in characters
+    questions = []
+    for q in example.questions:
+        depth = None
+        if q.item is not None:
+            place = before + example.context.index(q.item) + q.item.index(q.answers[0])
+            depth = place / (before + len(example.context))
+        questions.append((tokenizer.encode(q.prompt), q.answers, depth, q.chance, q.relevance))
+    ids = np.concatenate((tokenizer.begin, filler, tokenizer.encode(example.context)))
+    longest = max(len(tokenizer.encode(", ".join(q.answers))) for q in example.questions)
+    return Encoded(ids.astype(np.uint32), questions, longest + longest // 4 + 4)
 
 
 def spread_depths(n: int, questions: int) -> list[list[float]]:
@@ -52,51 +65,25 @@ def fit(name: str, draw: Callable[..., TextExample], make_rng: Callable[[], np.r
     Raises ValueError if even the size `least` is too long.
     """
 
-    def count(example: TextExample) -> int:
-        longest = max(len(tokenizer.encode(question.prompt)) for question in example.questions)
-        context = len(tokenizer.begin) + len(tokenizer.encode(example.context))
-        return context + longest + answer_budget(tokenizer, example)
+    def make(size: int, spare: int = 0) -> tuple[Encoded, int]:
+        made = encode_example(tokenizer, draw(make_rng(), size, depths, length), spare)
+        longest = max(len(prompt) for prompt, *_ in made.questions)
+        return made, len(made.context_ids) + longest + made.budget
 
     low, high, per_unit = least, math.inf, 8.0  # the size `low` fits, `high` does not
-    best = draw(make_rng(), low, depths, length)
-    used = count(best)
+    best, used = make(low)
     if used > length:
         raise ValueError(f"task {name} needs {used} tokens at the least with this tokenizer, "
                          f"got {length}; choose longer lengths")
     while used < 0.99 * length and high - low > 1:
         size = int(min(low + max(1, int((length - used) / per_unit)), high - 1))
-        example = draw(make_rng(), size, depths, length)
-        tokens = count(example)
+        made, tokens = make(size)
         per_unit = max(1e-3, (tokens - used) / (size - low)) * 1.001
         if tokens <= length:
-            low, used, best = size, tokens, example
+            low, used, best = size, tokens, made
         else:
             high = size
-    spare = length - used if used < 0.97 * length else 0
-    return encode_example(tokenizer, best, answer_budget(tokenizer, best), spare)
-
-
-def answer_budget(tokenizer: Any, example: TextExample) -> int:
-    """Tokens that an answer may have: a quarter more than the right one, and a few."""
-    answers = [", ".join(question.answers) for question in example.questions]
-    longest = max(len(tokenizer.encode(answer)) for answer in answers)
-    return longest + longest // 4 + 4
-
-
-def encode_example(tokenizer: Any, example: TextExample, budget: int, spare: int = 0) -> Encoded:
-    """Turn text into tokens, behind `spare` idle ones, and an answer's place into its depth."""
-    filler = tokenizer.encode(FILLER * (1 + spare))[:spare]
-    before = len(tokenizer.decode(filler))
-    length = before + len(example.context)  # in characters
-    questions = []
-    for q in example.questions:
-        depth = None if q.item is None else (before + example.place(q)) / length
-        questions.append((tokenizer.encode(q.prompt), q.answers, depth, q.chance, q.relevance))
-    ids = np.concatenate((tokenizer.begin, filler, tokenizer.encode(example.context)))
-    return Encoded(ids.astype(np.uint32), questions, budget)
-
-
-# --- 2. Prompts from files ------------------------------------------------------------------------
+    return best if used >= 0.97 * length else make(low, length - used)[0]
 
 
 @cache
@@ -119,10 +106,8 @@ def labelled_lines(path: Path) -> dict[str, list[str]]:
         if not isinstance(row.get("text"), str) or "label" not in row:
             raise ValueError(f"{path}: a line has no text or no label; each line needs both")
         by_label.setdefault(str(row["label"]), []).append(row["text"])
-    for label, texts in by_label.items():
-        if len(texts) < 2:
-            raise ValueError(f"{path}: label {label!r} has one line; each label needs two lines, "
-                             "one to ask about and one to learn from")
+    if min(map(len, by_label.values())) < 2:
+        raise ValueError(f"{path}: each label needs two lines, one to ask about and one to learn")
     return by_label
 
 
@@ -131,37 +116,35 @@ def file_examples(path: Path, tokenizer: Any, lines: list[int]) -> list[Encoded]
     examples = []
     for i in lines:
         try:
-            context, question = _parse(read_lines(path)[i])
-            if not all(isinstance(answer, str) for answer in question.answers):
-                raise TypeError("its answers must be text")
-            longest = max(len(tokenizer.encode(answer)) for answer in question.answers)
+            example = _parse(read_lines(path)[i])
+            made = encode_example(tokenizer, example)
+            longest = max(len(tokenizer.encode(a)) for a in example.questions[0].answers)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path} entry {i + 1} is of no known format ({error!r}); "
                              "support/fitting.py lists them") from None
-        example = TextExample(context, [], "", "", [question])
-        examples.append(encode_example(tokenizer, example, max(100, 2 * longest)))
+        examples.append(made._replace(budget=max(100, 2 * longest)))
     return examples
 
 
-def _parse(row: dict[str, Any]) -> tuple[str, TextQuestion]:
-    """The context, and the question about it."""
+def _parse(row: dict[str, Any]) -> TextExample:
+    """A line as a context, and the question about it."""
+    relevance = None
     if "outputs" in row:
-        prompt = row.get("answer_prefix") or "\n"
-        return row["input"], TextQuestion(prompt, tuple(row["outputs"]))
-    if "query" in row:
-        texts = [f"[ID: {c['id']}] Document: {c['text']}" for c in row["ctxs"]]
+        context, prompt, answers = row["input"], row.get("answer_prefix") or "\n", row["outputs"]
+    elif "query" in row:
         relevance = {str(c["id"]): int(c["label"]) for c in row["ctxs"]}
-        best = " > ".join(sorted(relevance, key=lambda i: -relevance[i])[:10])
-        head = ("Rank the documents by relevance to the query, in this form: "
-                "Ranking: ID3 > ID1 > ID2\n\n")
+        answers = " > ".join(sorted(relevance, key=lambda i: -relevance[i])[:10])
+        texts = [f"[ID: {c['id']}] Document: {c['text']}" for c in row["ctxs"]]
+        context = ("Rank the documents by relevance to the query, in this form: "
+                   "Ranking: ID3 > ID1 > ID2\n\n" + "\n\n".join(texts))
         prompt = f"\n\nQuery: {row['query']}\nRanking:"
-        return head + "\n\n".join(texts), TextQuestion(prompt, (best,), relevance=relevance)
-    answers = row["answers"] if "answers" in row else row["answer"]
-    answers = (answers,) if isinstance(answers, str) else tuple(answers)
-    if "ctxs" in row:
+    elif "ctxs" in row:
         texts = [f"Document (Title: {c['title']}): {c['text']}" for c in row["ctxs"]]
+        context, answers = QA_TASK + "\n\n".join(texts), row["answers"]
         prompt = f"\n\nQuestion: {row['question']}\nAnswer:"
-        return QA_TASK + "\n\n".join(texts), TextQuestion(prompt, answers)
-    shown = [f"{KEY_PROMPT.format(key)} {value}" for key, value in row["demos"][:2]]
-    prompt = KEY_PROMPT.format(row["question"])
-    return row["context"] + KEY_TASK + "".join(shown), TextQuestion(prompt, answers)
+    else:
+        shown = [f"{KEY_PROMPT.format(key)} {value}" for key, value in row["demos"][:2]]
+        context, answers = row["context"] + KEY_TASK + "".join(shown), row["answer"]
+        prompt = KEY_PROMPT.format(row["question"])
+    answers = (answers,) if isinstance(answers, str) else tuple(answers)
+    return TextExample(context, [TextQuestion(prompt, answers, relevance=relevance)])

@@ -1,10 +1,9 @@
-"""Pictures of scores and of packed sequences, and text as it is written.
+"""What is written down: answers as they are given, pictures of scores and of packed sequences.
 
-    draw_scores, draw_recall, compare_files      evaluations, as eval.py writes them
-    format_lengths, picture, draw_packed         document lengths of packed sequences
-    print_tokens                                 what a model writes, as it comes
+    {"tasks": "recall", "seed": 0, ...}                      a record: first the settings,
+    ["recall", 2048, 0, [{"written": "PLM3", ...}, ...]]     then a line for each key and its value
 
-A function that draws returns False, or None, where matplotlib (the `plots` extra) is not installed.
+A function that draws returns False where matplotlib (the `plots` extra) is not installed.
 """
 
 from __future__ import annotations
@@ -18,124 +17,64 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 
 from .cli import format_length
 from .scores import compare, format_comparison
 
-# --- 1. Scores ------------------------------------------------------------------------------------
+Evaluation = dict[str, Any]  # what eval.py writes: "model", "results", "bits_per_byte"
 
 
-def _pyplot() -> Any:
-    """matplotlib's pyplot, drawing to files, or None where it is not installed."""
+class Record(dict[tuple[Any, ...], Any]):
+    """A dict that appends each new entry to a file (on the main rank)."""
+
+    path: Path | None = None
+
+    def __setitem__(self, key: tuple[Any, ...], value: Any) -> None:
+        super().__setitem__(key, value)
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps([*key, value]) + "\n")
+
+
+def open_record(path: Path | None, settings: dict[str, Any], parallel: Any = None) -> Record:
+    """Open a record, or begin one. Raises ValueError if it was made with other settings.
+
+    The main rank alone reads the file, and sends the others what it found, or its error.
+    """
+    path = path if parallel is None or parallel.main else None
+    found: list[Any] = [{} if path is None else _read(path, settings)]
+    if parallel is not None:
+        dist.broadcast_object_list(found, device=parallel.device)
+    if isinstance(found[0], ValueError):
+        raise found[0]
+    record = Record(found[0])
+    record.path = path
+    return record
+
+
+def _read(path: Path, settings: dict[str, Any]) -> dict[tuple[Any, ...], Any] | ValueError:
     try:
-        import matplotlib
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []  # not a half written one
+        before, *rows = [json.loads(line) for line in lines] or [settings]
+        for name, value in settings.items():
+            if before.get(name) != value:
+                raise ValueError(f"other settings ({name} {before.get(name)!r}, now {value!r})")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(entry) + "\n" for entry in (before, *rows)))
+        return {tuple(key): value for *key, value in rows}
+    except (ValueError, TypeError, AttributeError, OSError) as error:
+        return ValueError(f"{path} can't be continued: {error}; choose another folder (--out), or "
+                          "remove it")
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of so many inches, or None where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
     except ImportError:
         return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    figure.clear()
-
-
-def _draw_curves(axes: Any, evaluations: Sequence[dict[str, Any]], task: str, lengths: list[int],
-                 real: Sequence[tuple[str, int]] = ()) -> str:
-    """Draw one task: score by length with its interval, a line a model; returns the counts as text.
-
-    The dashed line is chance, and a star marks each (task, length) in `real`.
-    """
-    for i, evaluation in enumerate(evaluations):
-        rows = [r for r in evaluation["results"] if r["task"] == task]
-        x = [lengths.index(r["length"]) for r in rows]
-        below = [max(0, r["score"] - r["low"]) for r in rows]
-        above = [max(0, r["high"] - r["score"]) for r in rows]
-        axes.errorbar(x, [r["score"] for r in rows], [below, above], marker="o", markersize=4,
-                      capsize=3, label=evaluation["model"], color=f"C{i}")
-    axes.plot(x, [r["chance"] for r in rows], "--", color="gray", linewidth=1, label="chance")
-    for j, length in enumerate(lengths):
-        if (task, length) in real:
-            axes.text(j, 1.0, "*", ha="center", va="center", fontsize=14)
-    axes.set(xticks=range(len(lengths)), xticklabels=map(format_length, lengths),
-             ylim=(-0.03, 1.05))
-    axes.grid(alpha=0.3)
-    return ", ".join(str(n) for n in sorted({r["n"] for r in rows}))
-
-
-def draw_scores(evaluations: Sequence[dict[str, Any]], path: Path,
-                real: Sequence[tuple[str, int]] = ()) -> bool:
-    """Draw a panel for each task: score by length, a line a model."""
-    pyplot = _pyplot()
-    if pyplot is None:
-        return False
-    results = evaluations[0]["results"]
-    names = list(dict.fromkeys(r["task"] for r in results))
-    lengths = sorted({r["length"] for r in results})
-    columns = min(4, len(names))
-    lines = -(-len(names) // columns)
-    figure, grid = pyplot.subplots(lines, columns, squeeze=False, sharey=True, layout="constrained",
-                                   figsize=(max(4.5, 3.1 * columns), 0.8 + 2.3 * lines))
-    for axes, name in zip(grid.flat, names, strict=False):
-        counts = _draw_curves(axes, evaluations, name, lengths, real)
-        axes.set_title(f"{Path(name).stem} (n = {counts})", fontsize=9)
-        axes.tick_params(labelsize=7)
-    for axes in list(grid.flat)[len(names):]:
-        axes.set_visible(False)
-    figure.supxlabel("length (tokens)", fontsize=9)
-    figure.supylabel("score, with 95% interval", fontsize=9)
-    handles, texts = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, texts, loc="outside upper center", ncols=len(handles), fontsize=8)
-    _save(figure, path)
-    return True
-
-
-def draw_recall(evaluations: Sequence[dict[str, Any]], path: Path, task: str = "recall") -> bool:
-    """Draw a task by length, one line a model, and below it a panel a model by length and depth.
-
-    If the models were not asked about that task, draw all the others by length.
-    """
-    pyplot = _pyplot()
-    if pyplot is None:
-        return False
-    lengths = [r["length"] for r in evaluations[0]["results"] if r["task"] == task]
-    if not lengths:
-        return draw_scores(evaluations, path)
-    columns = len(evaluations)
-    figure = pyplot.figure(figsize=(3.2 * max(columns, 2), 6.2), layout="constrained")
-    grid = figure.add_gridspec(2, columns, height_ratios=(3, 2))
-    curve = figure.add_subplot(grid[0, :])
-    counts = _draw_curves(curve, evaluations, task, lengths)
-    title = "Recall of 16 pairs in held-out code" if task == "recall" else Path(task).stem
-    curve.set(xlabel="context length (tokens)", ylabel=f"{Path(task).stem}, with 95% interval",
-              title=f"{title}, n = {counts} each")
-    curve.legend(title="model")
-    for i, evaluation in enumerate(evaluations):
-        rows = [r["by_depth"] for r in evaluation["results"] if r["task"] == task]
-        depths = np.array(rows, float).T  # None -> nan; (length, depth) -> (depth, length)
-        heat = figure.add_subplot(grid[1, i])
-        image = heat.imshow(depths, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        heat.set(title=evaluation["model"], xticks=range(len(lengths)),
-                 xticklabels=map(format_length, lengths),
-                 yticks=range(5), yticklabels=[f"{20 * b}-{20 * b + 20}%" for b in range(5)])
-        heat.tick_params(labelsize=7)
-        if i == 0:
-            heat.set_ylabel("depth of the answer")
-    figure.colorbar(image, ax=figure.axes[1:], label="score", fraction=0.02)
-    _save(figure, path)
-    return True
-
-
-def draw_evaluation(evaluation: dict[str, Any], folder: Path) -> bool:
-    """Draw all tasks of an evaluation by length, and one that has depths by depth."""
-    deep = [r["task"] for r in evaluation["results"] if any(s is not None for s in r["by_depth"])]
-    if deep:
-        task = "recall" if "recall" in deep else deep[0]
-        draw_recall([evaluation], folder / f"{evaluation['model']}-depth.png", task)
-    return draw_scores([evaluation], folder / f"{evaluation['model']}.png")
+    return Figure(figsize=(width, height), layout="constrained", dpi=130)
 
 
 def compare_files(names: str, out: str = "") -> None:
@@ -156,7 +95,78 @@ def compare_files(names: str, out: str = "") -> None:
     print(f"figure: {figure}" if drawn else "no figure: install the `plots` extra")
 
 
-# --- 2. Packed sequences --------------------------------------------------------------------------
+def draw_evaluation(evaluation: Evaluation, folder: Path) -> bool:
+    """Draw all tasks of an evaluation by length, and one that has depths by depth."""
+    name = evaluation["model"]
+    deep = [r["task"] for r in evaluation["results"] if any(s is not None for s in r["by_depth"])]
+    if deep:
+        task = "recall" if "recall" in deep else deep[0]
+        draw_scores([evaluation], folder / f"{name}-depth.png", deep=task)
+    return draw_scores([evaluation], folder / f"{name}.png")
+
+
+def draw_recall(evaluations: Sequence[Evaluation], path: Path) -> bool:
+    """Draw recall by length and depth, or all tasks by length if that is not among them."""
+    tasks = [r["task"] for r in evaluations[0]["results"]]
+    return draw_scores(evaluations, path, deep="recall" if "recall" in tasks else "")
+
+
+def draw_scores(evaluations: Sequence[Evaluation], path: Path,
+                real: Sequence[tuple[str, int]] = (), deep: str = "") -> bool:
+    """Draw a panel for each task: score by length, a line a model, a star at those in `real`.
+
+    With `deep` draw that task alone, and below it a panel a model by length and depth.
+    """
+    results = [r for r in evaluations[0]["results"] if deep in ("", r["task"])]
+    names = list(dict.fromkeys(r["task"] for r in results))
+    lengths = sorted({r["length"] for r in results})
+    columns = len(evaluations) if deep else min(4, len(names))
+    cells = names + ["."] * (-len(names) % columns)  # a dot is an empty cell
+    if deep:
+        cells = names * columns + [f"depth {i}" for i in range(columns)]
+    mosaic = np.reshape(cells, (-1, columns)).tolist()
+    figure = new_figure(max(4.5, 3.1 * columns), 0.8 + 2.5 * len(mosaic))
+    if figure is None:
+        return False
+    panels = figure.subplot_mosaic(mosaic)
+    for name in names:
+        _draw_curves(panels[name], evaluations, name, lengths)
+        for length in [length for task, length in real if task == name]:
+            panels[name].text(lengths.index(length), 1.0, "*", ha="center", va="center")
+    panels[names[0]].set_ylabel("score, with 95% interval")
+    for i, evaluation in enumerate(evaluations if deep else []):
+        rows = [r["by_depth"] for r in evaluation["results"] if r["task"] == deep]
+        axes = panels[f"depth {i}"]
+        image = axes.imshow(np.array(rows, float).T, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        axes.set_title(f"{evaluation['model']}, by depth", fontsize=9)
+        axes.set(yticks=range(5), yticklabels=("0-20%", "20-40%", "40-60%", "60-80%", "80-100%"))
+    if deep:
+        figure.colorbar(image, ax=axes, label="score")
+    for axes in panels.values():
+        axes.set(xticks=range(len(lengths)), xticklabels=map(format_length, lengths))
+        axes.tick_params(labelsize=7)
+    figure.supxlabel("length (tokens)", fontsize=9)
+    figure.legend(*panels[names[0]].get_legend_handles_labels(), loc="outside upper center",
+                  ncols=4, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return True
+
+
+def _draw_curves(axes: Any, evaluations: Sequence[Evaluation], task: str,
+                 lengths: list[int]) -> None:
+    for evaluation in evaluations:
+        rows = [r for r in evaluation["results"] if r["task"] == task]
+        x = [lengths.index(r["length"]) for r in rows]
+        scores = np.array([r["score"] for r in rows])
+        ends = np.array([[r["low"], r["high"]] for r in rows])
+        axes.errorbar(x, scores, np.abs(ends.T - scores), marker="o", markersize=4, capsize=3,
+                      label=evaluation["model"])
+    axes.plot(x, [r["chance"] for r in rows], "--", color="gray", linewidth=1, label="chance")
+    counts = ", ".join(str(n) for n in sorted({r["n"] for r in rows}))
+    axes.set_title(f"{Path(task).stem} (n = {counts})", fontsize=9)
+    axes.set(ylim=(-0.03, 1.05))
+    axes.grid(alpha=0.3)
 
 
 def format_lengths(lens: np.ndarray) -> str:
@@ -180,35 +190,24 @@ def picture(doc_lens: Sequence[int], width: int = 96) -> str:
 
 def draw_packed(folder: Path, seq_len: int, first: Sequence[Sequence[int]],
                 lens: np.ndarray) -> Path | None:
-    """Draw packed sequences and the histogram of document lengths into `folder`/documents.png.
-
-    `first` holds the document lengths of the first sequences (16 fit well), `lens` those of all.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
+    """Draw some sequences, and the histogram of all lengths, into `folder`/documents.png."""
+    figure = new_figure(10, 5)
+    if figure is None:
         return None
-    figure = Figure(figsize=(10, 5), layout="constrained")
     rows, histogram = figure.subplots(2, 1, height_ratios=(3, 2))
     for i, doc_lens in enumerate(first):
-        starts = np.cumsum(doc_lens) - np.array(doc_lens)
-        spans = list(zip(starts.tolist(), doc_lens, strict=True))
+        spans = list(zip(np.cumsum([0, *doc_lens]).tolist(), doc_lens, strict=False))
         colors = [f"C{k % 10}" for k in range(len(spans))]
         rows.broken_barh(spans, (i - 0.4, 0.8), facecolors=colors)
-    rows.set(xlim=(0, seq_len), xlabel="token", ylabel="sequence",
+    rows.set(xlim=(0, seq_len), xlabel="token", ylabel="sequence", yticks=range(len(first)),
              title=f"{folder.name}: a color a document")
-    rows.set_yticks(range(len(first)))
     rows.invert_yaxis()
     edges = 2.0 ** np.arange(np.floor(np.log2(lens.min())), np.log2(lens.max()) + 1.01)
     histogram.hist(lens, bins=edges.tolist(), weights=lens / lens.sum())
-    histogram.set(xscale="log", xlabel="tokens of a document", ylabel="share of tokens")
+    histogram.set(xlabel="tokens of a document", ylabel="share of tokens")
     histogram.set_xscale("log", base=2)
-    path = folder / "documents.png"
-    figure.savefig(path, dpi=110)
-    return path
-
-
-# --- 3. Text as it is written ---------------------------------------------------------------------
+    figure.savefig(folder / "documents.png")
+    return folder / "documents.png"
 
 
 def print_tokens(tokenizer: Any, ids: Iterable[int], stop: int, n_prompt: int) -> None:
@@ -217,9 +216,7 @@ def print_tokens(tokenizer: Any, ids: Iterable[int], stop: int, n_prompt: int) -
     times = [time.monotonic()]
     for i in ids:
         times.append(time.monotonic())
-        if i >= tokenizer.vocab_size:  # a model's table may have more rows than there are tokens
-            print("\ufffd", end="", flush=True)
-        elif i != stop:
+        if i < tokenizer.vocab_size and i != stop:  # a model's table may have more rows than that
             piece = tokenizer.encoding.decode_single_token_bytes(i)
             print(letters.decode(piece), end="", flush=True)
     print(letters.decode(b"", final=True))

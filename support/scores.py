@@ -1,4 +1,4 @@
-"""Scores of answers in text, tables of scores, and tests of their differences.
+"""Scores of answers in text, their averages, and tests of their differences.
 
 A score (0 to 1) compares what a model wrote with a question's right `answers`, as HELMET
 (2410.02694) and RULER (2404.06654) do. An evaluation is the dict that eval.py writes as JSON: its
@@ -18,8 +18,6 @@ import numpy as np
 
 from .cli import format_length
 from .files import write_json
-
-# --- 1. Scores of answers -------------------------------------------------------------------------
 
 
 def same(written: str, question: Any) -> float:
@@ -66,7 +64,7 @@ def for_file(name: str, row: dict[str, Any]) -> Callable[[str, Any], float]:
     """The score that goes with the format of a file (support/fitting.py lists the formats)."""
     if "outputs" in row:
         return any_answer if "qa" in name else fraction
-    return ranking if "query" in row and "ctxs" in row else contains
+    return ranking if "query" in row else contains
 
 
 def parse_ranking(written: str) -> list[str]:
@@ -81,23 +79,19 @@ def ndcg(order: Sequence[str], relevance: dict[str, int], k: int = 10) -> float:
 
     A passage that does not exist takes up its rank and gains nothing.
     """
-
-    def dcg(gains: Sequence[int]) -> float:
-        return sum(gain / math.log2(rank + 2) for rank, gain in enumerate(gains[:k]))
-
-    best = dcg(sorted(relevance.values(), reverse=True))
-    return dcg([relevance.get(passage, 0) for passage in order]) / best if best else 0.0
-
-
-# --- 2. Averages and tables -----------------------------------------------------------------------
+    found = [relevance.get(passage, 0) for passage in order]
+    ideal = sorted(relevance.values(), reverse=True)
+    dcg, best = (sum(gain / math.log2(rank) for rank, gain in enumerate(gains[:k], 2))
+                 for gains in (found, ideal))
+    return dcg / best if best else 0.0
 
 
-def by_depth(predictions: Sequence[dict[str, Any]], bins: int = 5) -> list[float | None]:
+def by_depth(predictions: Sequence[dict[str, Any]]) -> list[float | None]:
     """Mean score where the answer stood in the first fifth of the context, the second, ..."""
-    parts: list[list[float]] = [[] for _ in range(bins)]
+    parts: list[list[float]] = [[] for _ in range(5)]
     for p in predictions:
         if p["depth"] is not None:
-            parts[min(int(p["depth"] * bins), bins - 1)].append(p["score"])
+            parts[min(int(p["depth"] * 5), 4)].append(p["score"])
     return [sum(part) / len(part) if part else None for part in parts]
 
 
@@ -111,40 +105,41 @@ def macro_averages(results: Sequence[dict[str, Any]]) -> dict[int, float]:
         categories = tables.setdefault(row["length"], {})
         categories.setdefault(row["category"], []).append(row["score"])
     counts = {length: sum(map(len, table.values())) for length, table in tables.items()}
-    averages = {}
-    for length, table in sorted(tables.items()):
-        if counts[length] == max(counts.values()) > 1:
-            averages[length] = float(np.mean([np.mean(scores) for scores in table.values()]))
-    return averages
+    return {length: float(np.mean([np.mean(each) for each in tables[length].values()]))
+            for length in sorted(tables) if counts[length] == max(counts.values()) > 1}
+
+
+def align(rows: Sequence[Sequence[str]]) -> str:
+    """Cells as a table: the first column stands to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]))
+    return "\n".join(lines)
 
 
 def format_table(evaluations: Sequence[dict[str, Any]]) -> str:
     """Score by task and length, one column a model, each with its interval."""
-    wide = max(12, *(len(Path(r["task"]).stem) for r in evaluations[0]["results"]))
-    lines = [f"{'task':<{wide}} {'length':>7} {'n':>4} {'chance':>7}"
-             + "".join(f"{e['model']:>22}" for e in evaluations)]
+    table = [["task", "length", "n", "chance", *(e["model"] for e in evaluations)]]
     for rows in zip(*(e["results"] for e in evaluations), strict=True):
         row = rows[0]
-        cells = "".join(f"{r['score']:>9.3f} [{r['low']:.2f}, {r['high']:.2f}]" for r in rows)
-        lines.append(f"{Path(row['task']).stem:<{wide}} {format_length(row['length']):>7} "
-                     f"{row['n']:>4} {row['chance']:>7.2g}{cells}")
-    macros = [macro_averages(e["results"]) for e in evaluations]
-    for length in macros[0]:
-        cells = "".join(f"{macro[length]:>9.3f}{'':13}" for macro in macros)
-        lines.append(f"{'macro avg':<{wide}} {format_length(length):>7} {'':>12}{cells}")
-    for rows in zip(*(e["bits_per_byte"] for e in evaluations), strict=True):
-        cells = "".join(f"{r['bits_per_byte']:>9.3f}{'':13}" for r in rows)
-        lines.append(f"{'bits/byte':<{wide}} {rows[0]['name']:>8} {'':>11}{cells}")
-    return "\n".join(lines)
+        table.append([Path(row["task"]).stem, format_length(row["length"]), str(row["n"]),
+                      f"{row['chance']:.2g}"])
+        table[-1] += [f"{r['score']:.3f} [{r['low']:.2f}, {r['high']:.2f}]" for r in rows]
+    means = [macro_averages(e["results"]) for e in evaluations]
+    more = [("macro avg", format_length(n), [mean[n] for mean in means]) for n in means[0]]
+    for parts in zip(*(e["bits_per_byte"] for e in evaluations), strict=True):
+        more.append(("bits/byte", parts[0]["name"], [part["bits_per_byte"] for part in parts]))
+    for name, where, values in more:
+        table.append([name, where, "", "", *(f"{value:.3f}".ljust(18) for value in values)])
+    return align(table)
 
 
 def save_evaluation(evaluation: dict[str, Any], folder: Path) -> None:
     """Write `folder`/<model>.json, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / f"{evaluation['model']}.json", evaluation, indent=1)
-
-
-# --- 3. Is a difference real? ---------------------------------------------------------------------
 
 
 def paired_p_value(differences: Sequence[float], seed: int = 0) -> float:
@@ -173,23 +168,27 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:
     it is `real`: whether it survives Holm's correction for looking at so many at once.
     Raises ValueError unless both models were asked the same questions.
     """
+
+    def asked(row: dict[str, Any]) -> tuple[Any, ...]:
+        questions = [(p["context"], p["prompt"], p["answers"]) for p in row["predictions"]]
+        return row["task"], row["length"], questions
+
     rows = []
     for x, y in zip(a["results"], b["results"], strict=False):
-        if _asked(x) != _asked(y) or len(a["results"]) != len(b["results"]):
+        if asked(x) != asked(y) or len(a["results"]) != len(b["results"]):
             raise ValueError(f"{a['model']} and {b['model']} were not asked the same questions "
                              f"({x['task']} at {x['length']}); give both the same tasks, lengths, "
                              "samples and seed")
         by_context: dict[int, list[float]] = {}
         for p, q in zip(x["predictions"], y["predictions"], strict=True):
             by_context.setdefault(p["context"], []).append(q["score"] - p["score"])
-        sums = np.array([sum(context) for context in by_context.values()], float)
-        counts = np.array([len(context) for context in by_context.values()], float)
+        sums = np.array([[sum(context), len(context)] for context in by_context.values()])
         draws = np.random.default_rng(0).integers(len(sums), size=(2000, len(sums)))
-        low, high = np.percentile(sums[draws].sum(1) / counts[draws].sum(1), [2.5, 97.5])
+        totals, counts = sums[draws].sum(1).T
+        low, high = np.percentile(totals / counts, [2.5, 97.5]).tolist()
         rows.append({"task": x["task"], "length": x["length"], "a": x["score"], "b": y["score"],
-                     "difference": float(sums.sum() / counts.sum()), "low": float(low),
-                     "high": float(high), "p": paired_p_value(sums.tolist()),
-                     "contexts": len(sums)})
+                     "difference": y["score"] - x["score"], "low": low, "high": high,
+                     "p": paired_p_value(sums[:, 0].tolist())})
     real = True
     for k, row in enumerate(sorted(rows, key=lambda row: row["p"])):  # Holm: the smallest p first
         real = real and row["p"] <= 0.05 / (len(rows) - k)
@@ -197,24 +196,13 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _asked(row: dict[str, Any]) -> tuple[Any, ...]:
-    questions = [(p["context"], p["prompt"], p["answers"]) for p in row["predictions"]]
-    return row["task"], row["length"], questions
-
-
 def format_comparison(a: str, b: str, rows: Sequence[dict[str, Any]]) -> str:
     """The differences as a table, with a star at those that are real."""
-    wide = max(12, *(len(Path(row["task"]).stem) for row in rows))
-    lines = [f"{'task':<{wide}} {'length':>7} {a:>10.10} {b:>10.10}  difference  95% interval"
-             "        p"]
+    table = [["task", "length", a[:10], b[:10], "difference", "95% interval", "p", ""]]
     for r in rows:
-        lines.append(f"{Path(r['task']).stem:<{wide}} {format_length(r['length']):>7} "
-                     f"{r['a']:>10.3f} {r['b']:>10.3f} {r['difference']:>+11.3f}  "
-                     f"[{r['low']:+.2f}, {r['high']:+.2f}] {r['p']:>8.2g}{' *' * r['real']}")
+        table.append([Path(r["task"]).stem, format_length(r["length"]), f"{r['a']:.3f}",
+                      f"{r['b']:.3f}", f"{r['difference']:+.3f}",
+                      f"[{r['low']:+.2f}, {r['high']:+.2f}]", f"{r['p']:.2g}", "*" * r["real"]])
     real = sum(row["real"] for row in rows)
-    lines.append(f"* real: {real} of {len(rows)} differences, at 5% for all together (Holm)")
-    few = sum(row["contexts"] < 6 for row in rows)
-    if few:
-        lines.append(f"{few} rest on fewer than 6 contexts, too few for any to be real; "
-                     "ask more (--samples)")
-    return "\n".join(lines)
+    return (f"{align(table)}\n* real: {real} of {len(rows)} differences, at 5% for all together "
+            "(Holm); fewer than 6 contexts are too few for any")

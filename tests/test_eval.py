@@ -19,7 +19,6 @@ import torch
 
 import data
 import eval as evaluation
-import train
 from eval import Example, Question
 from model import Transformer, init_parallel, preset_config, save_pretrained
 from support import tasks, toy
@@ -40,9 +39,10 @@ def bpe():
     pairs = Counter(pair for pair in pairwise(text) if bytes(pair).isalpha()).most_common(500)
     ranks = {bytes([i]): i for i in range(256)} | {
         bytes(pair): 256 + i for i, (pair, _) in enumerate(pairs)}
+    end = "<|endoftext|>"
     encoding = tiktoken.Encoding("bpe", pat_str=r"\p{L}+|[^\p{L}]", mergeable_ranks=ranks,
-                                 special_tokens={"<|endoftext|>": len(ranks)})
-    return data.Tokenizer("bpe", encoding, "<|endoftext|>", "<|endoftext|>")
+                                 special_tokens={end: len(ranks)})
+    return data.Tokenizer("bpe", encoding, end, end)
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def text_of(tokenizer, example: Example) -> str:
 def test_examples_in_special_tokens_fill_the_length_and_hold_their_answers(tokenizer, task, length):
     """Context, question and answer fit the length; the answer stands where the depth says."""
     shared = evaluation.TASKS[task].shared
-    for example in make(tokenizer, task, length, 4, questions=shared):
+    for example in make(tokenizer, task, length, 4, shared):
         text = example.context_ids.tolist()
         assert text[0] == tokenizer.bos_id and len(example.questions) == shared
         for q in example.questions:
@@ -82,14 +82,6 @@ def test_examples_in_special_tokens_fill_the_length_and_hold_their_answers(token
                 start = round(q.depth * (len(text) - 1)) + 1
                 assert total == length and text[start:start + toy.PAIR_LEN] == pair
                 assert [i for i in range(len(text)) if text[i:i + 2] == pair[:2]] == [start]
-
-
-def test_contexts_come_from_packages_that_are_never_trained_on(tokenizer):
-    """Training and evaluation read disjoint repositories."""
-    train_text = data.haystack_text(tokenizer, 0, False)
-    window = data.haystack_windows(tokenizer, np.random.default_rng(0), 4, 400, 0, held_out=True)
-    train_bytes = train_text.astype(np.uint8).tobytes()
-    assert not any(row.astype(np.uint8).tobytes() in train_bytes for row in window)
 
 
 @pytest.mark.parametrize("name", TEXT)
@@ -117,6 +109,13 @@ def test_text_examples_are_what_they_say(tokenizer, bpe, name, kind, length):
     assert len(seen) == 10
 
 
+def test_depths_are_spread_evenly(tokenizer):
+    """Each fifth of the context has its share of the answers, 8 of 40, to within three."""
+    depths = [q.depth for e in make(tokenizer, "needle", 3000, 40) for q in e.questions]
+    counts, _ = np.histogram(depths, bins=5, range=(0, 1))
+    assert all(5 <= count <= 11 for count in counts), depths
+
+
 def test_labels_are_dealt_anew_and_examples_balanced(bpe):
     """The same class has different numbers in different contexts; a round has every class once."""
     mappings = set()
@@ -128,13 +127,6 @@ def test_labels_are_dealt_anew_and_examples_balanced(bpe):
         assert asked and f"\n\n{asked}\nlabel" not in text_of(bpe, example)
         mappings.add(tuple(labels[:6]))
     assert len(mappings) > 15
-
-
-def test_depths_are_spread_evenly(tokenizer):
-    """Each fifth of the context has its share of the answers, 8 of 40, to within three."""
-    depths = [q.depth for e in make(tokenizer, "needle", 3000, 40) for q in e.questions]
-    counts, _ = np.histogram(depths, bins=5, range=(0, 1))
-    assert all(5 <= count <= 11 for count in counts), depths
 
 
 # --- An oracle, and a guesser ---
@@ -232,24 +224,19 @@ def sharp_model(tokenizer) -> Transformer:
 @pytest.mark.parametrize("task, length", [("recall", 256), ("icl", 128)])
 def test_teacher_forcing_agrees_with_greedy_decoding(tokenizer, task, length):
     """Both count the same answers right, on a model whose guesses are sometimes right (float64)."""
-    model = sharp_model(tokenizer)
-    n_right = n_asked = 0
+    model, right = sharp_model(tokenizer), {True: [], False: []}
     for example in make(tokenizer, task, length, 2, questions=8):
         written = evaluation.answer_questions(model, tokenizer, example, exact=False)
-        questions = []
-        for k, (q, text) in enumerate(zip(example.questions, written, strict=True)):
-            ids = tokenizer.encode_with_specials(text)[:example.budget]
-            if k % 2 and len(ids) == example.budget:  # what it writes becomes the right answer
-                q = dataclasses.replace(q, answers=(tokenizer.decode(ids),))
-            questions.append(q)
+        questions = list(example.questions)
+        for k in range(1, 8, 2):  # what it writes becomes the right answer
+            ids = tokenizer.encode_with_specials(written[k])[:example.budget]
+            if len(ids) == example.budget:
+                questions[k] = dataclasses.replace(questions[k], answers=(tokenizer.decode(ids),))
         changed = dataclasses.replace(example, questions=tuple(questions))
-        right = []
-        for exact in (True, False):
+        for exact, found in right.items():
             texts = evaluation.answer_questions(model, tokenizer, changed, exact)
-            right.append([text == q.answers[0] for q, text in zip(questions, texts, strict=True)])
-        assert right[0] == right[1]
-        n_right, n_asked = n_right + sum(right[0]), n_asked + len(questions)
-    assert 3 <= n_right < n_asked
+            found += [text == q.answers[0] for q, text in zip(questions, texts, strict=True)]
+    assert right[True] == right[False] and 3 <= sum(right[True]) < len(right[True])
 
 
 def test_questions_do_not_see_each_other(tokenizer):
@@ -257,10 +244,10 @@ def test_questions_do_not_see_each_other(tokenizer):
     model = sharp_model(tokenizer)
     for name, length in (("recall", 256), ("qa", 1000)):
         (example,) = make(tokenizer, name, length, 1, questions=3)
-        together = evaluation.answer_questions(model, tokenizer, example, exact=False)
-        alone = [evaluation.answer_questions(model, tokenizer, dataclasses.replace(
-            example, questions=(q,)), exact=False)[0] for q in example.questions]
-        assert together == alone and any(together)
+        alone = [dataclasses.replace(example, questions=(q,)) for q in example.questions]
+        together, *each = (evaluation.answer_questions(model, tokenizer, e, exact=False)
+                           for e in (example, *alone))
+        assert each == [[text] for text in together] and any(together)
 
 
 def options(folder, **changes):
@@ -269,30 +256,24 @@ def options(folder, **changes):
 
 
 def test_a_stopped_evaluation_goes_on_where_it_was(model, tmp_path, monkeypatch):
-    """We ask again only what was half written; the results are the same."""
-    honest, calls, stop = evaluation.answer_questions, [], None
+    """We ask again only what is not whole in the file; the results are the same."""
+    honest, calls = evaluation.answer_questions, []
 
     def counted(*args):
         calls.append(args)
-        if len(calls) == stop:
-            raise KeyboardInterrupt
         return honest(*args)
 
     monkeypatch.setattr(evaluation, "answer_questions", counted)
-    config = options(tmp_path, samples=40)
-    whole = evaluation.evaluate(model, config, "m")
-    asked, stop, path = len(calls), 3, tmp_path / "out" / "predictions.jsonl"
-    calls.clear()
-    with pytest.raises(KeyboardInterrupt):
-        evaluation.evaluate(model, config, "m", predictions=path)
-    lines = path.read_text().splitlines()  # the settings, and two contexts
-    path.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:20])
-    stop = None
-    calls.clear()
-    again = evaluation.evaluate(model, config, "m", predictions=path)
-    assert again == whole and len(calls) == asked - 1
-    calls.clear()
-    assert evaluation.evaluate(model, config, "m", predictions=path) == whole and not calls
+    config, path = options(tmp_path, samples=40), tmp_path / "out" / "predictions.jsonl"
+    whole = evaluation.evaluate(model, config, "m", predictions=path)
+    asked = len(calls)
+    lines = path.read_text().splitlines()  # the settings, then a line a context
+    assert len(lines) == 1 + asked
+    path.write_text("\n".join(lines[:3]) + "\n" + lines[3][:20])
+    assert evaluation.evaluate(model, config, "m", predictions=path) == whole
+    assert len(calls) == asked + asked - 2
+    assert evaluation.evaluate(model, config, "m", predictions=path) == whole
+    assert len(calls) == asked + asked - 2
     with pytest.raises(ValueError, match=r"other settings.*seed 0, now 1"):
         evaluation.evaluate(model, dataclasses.replace(config, seed=1), "m", predictions=path)
 
@@ -300,14 +281,13 @@ def test_a_stopped_evaluation_goes_on_where_it_was(model, tmp_path, monkeypatch)
 def test_local_files_in_every_known_format(tokenizer, model, tmp_path):
     """RULER's, JSON pairs, passages, re-ranking and ICL lines: scored by their rules."""
     ctxs = [{"id": str(i), "title": f"T{i}", "text": f"text {i}", "label": i % 3} for i in range(5)]
-    ndcg = (2 + 1 / np.log2(3) + 1 / 2) / (2 + 1 / np.log2(3) + 1 / 2)
     files = {
         "niah": ({"input": "What are 1 and 2?", "outputs": ["1", "2"]}, "1 and no more", 0.5),
         "qa_1": ({"input": "Who?", "outputs": ["Ann", "Bob"], "answer_prefix": " A:"}, "bob", 1),
         "kv": ({"context": '{"k": "v"}', "question": "k", "answer": "v",
                 "demos": [["a", "b"], ["c", "d"]]}, "V.", 1),
         "rag": ({"question": "Who?", "answers": ["Ann"], "ctxs": ctxs}, "ann", 1),
-        "rank": ({"qid": "1", "query": "what", "ctxs": ctxs}, "2 > 1 > 4", ndcg)}
+        "rank": ({"qid": "1", "query": "what", "ctxs": ctxs}, "2 > 1 > 4", 1)}
     for name, (row, written, score) in files.items():
         path = tmp_path / f"{name}.jsonl"
         path.write_text(json.dumps(row) + "\n")
@@ -327,7 +307,7 @@ def test_local_files_in_every_known_format(tokenizer, model, tmp_path):
 
 @pytest.mark.parametrize("line, words", [
     ('{"a": 1}', "no known format"), ("{", "bad.jsonl:1 is not JSON"), ("", "no JSON objects"),
-    ("[1]", "not an object"), ('{"input": "x", "outputs": [3]}', "must be text"),
+    ("[1]", "not an object"), ('{"input": "x", "outputs": [3]}', "expected str"),
     ('{"text": "x", "label": 3}', "each label needs two lines")])
 def test_a_bad_file_is_one_clear_error(tokenizer, tmp_path, line, words):
     (tmp_path / "bad.jsonl").write_text(line + "\n")
@@ -335,15 +315,13 @@ def test_a_bad_file_is_one_clear_error(tokenizer, tmp_path, line, words):
         evaluation.find_task(str(tmp_path / "bad.jsonl")).examples(tokenizer, 0, 1, 1, 0)
 
 
-def parallel_work(rank: int, world: int, port: int, folder: str) -> None:
+def parallel_work(rank: int, world: int, port: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
-    parallel = init_parallel(world)
-    tokenizer = data.load_tokenizer()
-    model = sharp_model(tokenizer)
+    parallel, tokenizer = init_parallel(world), data.load_tokenizer()
+    model, path = sharp_model(tokenizer), folder / "predictions.jsonl"
     config = options(folder, lengths="301", bpb_length=301)
-    path = Path(folder) / "predictions.jsonl"
     done = evaluation.evaluate(model, config, "m", parallel, path)
     if rank == 0:  # as if it had been stopped half-way
         lines = path.read_text().splitlines(keepends=True)
@@ -355,7 +333,7 @@ def parallel_work(rank: int, world: int, port: int, folder: str) -> None:
     alone = init_parallel(1)  # two dp ranks of one
     done["quick_dp"] = evaluation.quick_scores(model, tokenizer, 301, alone, n=1)
     if rank == 0:
-        Path(folder, "parallel.json").write_text(json.dumps(done))
+        (folder / "parallel.json").write_text(json.dumps(done))
     torch.distributed.destroy_process_group()
 
 
@@ -364,7 +342,7 @@ def test_ranks_that_share_every_text_write_the_same(tokenizer, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(parallel_work, (2, port, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(parallel_work, (2, port, tmp_path), nprocs=2)
     found, model = json.loads((tmp_path / "parallel.json").read_text()), sharp_model(tokenizer)
     alone = evaluation.evaluate(model, options(tmp_path, lengths="301", bpb_length=301), "m")
     assert found["results"] == json.loads(json.dumps(alone["results"]))
@@ -373,30 +351,17 @@ def test_ranks_that_share_every_text_write_the_same(tokenizer, tmp_path):
         assert a["bits_per_byte"] == pytest.approx(b["bits_per_byte"], rel=1e-10)
     for name in ("recall", "icl"):  # by hand: every token of the whole text predicted
         right = []
-        for e in make(tokenizer, name, 301, 2, questions=evaluation.TASKS[name].shared):
-            text, ends = e.context_ids.tolist(), []
+        for e in make(tokenizer, name, 301, 2, evaluation.TASKS[name].shared):
+            text, answers = e.context_ids.tolist(), {}  # where they end
             for q in e.questions:
                 answer = tokenizer.encode_with_specials(q.answers[0]).tolist()
                 text += [*q.prompt_ids.tolist(), *answer]
-                ends.append((len(text), answer))
+                answers[len(text)] = answer
             likeliest = model.logits(torch.tensor(text), (len(text),)).argmax(-1).tolist()
-            right += [likeliest[end - 1 - len(a):end - 1] == a for end, a in ends]
+            right += [likeliest[end - 1 - len(a):end - 1] == a for end, a in answers.items()]
         for quick in ("quick", "quick_dp"):
             assert found[quick][f"{name}@301"] == pytest.approx(sum(right) / len(right))
     assert found["quick"]["icl@301"] > 0
-
-
-def test_training_notes_small_evaluations(tmp_path):
-    """--eval-every 2: scores in every second line of the log; no other number moves."""
-    logs = []
-    for every in (2, None):
-        config = train.TrainConfig(stage="base", steps=4, eval=False, eval_every=every,
-                                   out=str(tmp_path / str(every)))
-        log = (train.train(config) / "log.jsonl").read_text().splitlines()
-        logs.append([json.loads(line) for line in log])
-    assert [sorted(row.get("eval", {})) for row in logs[0]] == [[], ["icl@256", "recall@256"]] * 2
-    assert all(0 <= score <= 1 for row in logs[0] for score in row.get("eval", {}).values())
-    assert [row["loss"] for row in logs[0]] == [row["loss"] for row in logs[1]]
 
 
 # --- Statistics and perplexity ---
@@ -411,11 +376,11 @@ def test_wilson_interval(correct, n, low, high):
 
 def test_questions_that_go_together_count_less():
     """Ten contexts that are all right or all wrong are worth ten questions, not a hundred."""
+    wilson, approx = evaluation.wilson_interval, pytest.approx
     together = evaluation.interval([[1.0] * 10] * 6 + [[0.0] * 10] * 4)
     independent = evaluation.interval([[1.0]] * 60 + [[0.0]] * 40)
-    ten = evaluation.wilson_interval(6, 10)
-    assert together == pytest.approx(ten, abs=0.03)
-    assert independent == pytest.approx(evaluation.wilson_interval(60, 100), abs=0.003)
+    assert together == approx(wilson(6, 10), abs=0.03)
+    assert independent == approx(wilson(60, 100), abs=0.003)
 
 
 def test_another_tokenizer_has_text_tasks(tokenizer, bpe):
@@ -433,8 +398,7 @@ def test_another_tokenizer_has_text_tasks(tokenizer, bpe):
 def test_bits_per_byte_of_a_model_that_knows_nothing(tokenizer):
     """Equal logits cost log2(vocabulary) bits per byte of text, at every position."""
     model = Transformer(preset_config("tiny", tokenizer.vocab_size))
-    with torch.no_grad():
-        model.embed_tokens.weight.zero_()
+    torch.nn.init.zeros_(model.embed_tokens.weight)
     rows = evaluation.bits_per_byte(model, tokenizer, 512, 2)
     assert [(row["name"], row["from"], row["to"]) for row in rows] == [
         ("0-256", 0, 256), ("256-512", 256, 512), ("last 1/4", 384, 512), ("short", 0, 256)]
@@ -445,15 +409,18 @@ def test_bits_per_byte_of_a_model_that_knows_nothing(tokenizer):
 # --- Command line ---
 
 
+def run_main(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["eval.py", *map(str, arguments)])
+    evaluation.main()
+
+
 def test_command_line_writes_results_and_pictures(model, tmp_path, monkeypatch, capsys):
     """A model folder in; a table, a JSON with every prediction and figures out."""
     save_pretrained(model, tmp_path / "model")
-    monkeypatch.setattr("sys.argv", ["eval.py", "--model", str(tmp_path / "model"), "--lengths",
-                                     "256,512", "--samples", "16", "--tasks", "recall,icl",
-                                     "--bpb-length", "256"])
-    evaluation.main()
+    run_main(monkeypatch, "--model", tmp_path / "model", "--lengths", "256,512", "--samples", 16,
+             "--tasks", "recall,icl", "--bpb-length", 256)
     out = capsys.readouterr().out
-    assert "recall" in out and "macro avg" in out and "short" in out
+    assert all(part in out for part in ("recall", "macro avg", "short"))
     saved = json.loads((tmp_path / "model" / "eval" / "model.json").read_text())
     assert saved["model"] == "model" and len(saved["results"]) == 4
     for row in saved["results"]:
@@ -464,17 +431,13 @@ def test_command_line_writes_results_and_pictures(model, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ([], "--model is missing"), (["--model", "nowhere"], "nowhere"),
-    (["--tasks", "poetry"], "poetry"), (["--lengths", "12q"], "12q"),
-    (["--lengths", "64", "--tasks", "recall"], "64"),
-    (["--lengths", "256", "--tasks", "json_kv"], "json_kv needs .* tokens at the least"),
-    (["--dtype", "float8"], "float8"), (["--compare", "one.json"], "must name two"),
-    (["--data", "gone.jsonl"], "gone.jsonl")])
+    ("", "--model is missing"), ("--model nowhere", "nowhere"), ("--tasks poetry", "poetry"),
+    ("--lengths 64 --tasks recall", "64"), ("--dtype float8", "float8"),
+    ("--lengths 256 --tasks json_kv", "json_kv needs .* tokens at the least"),
+    ("--compare one.json", "must name two"), ("--data gone.jsonl", "gone.jsonl")])
 def test_bad_input_is_one_clear_error(model, tmp_path, monkeypatch, arguments, words):
     """Each names what was wrong, in an error that a script turns into one line and code 2."""
     save_pretrained(model, tmp_path / "model")
-    if arguments and "--model" not in arguments:
-        arguments = ["--model", str(tmp_path / "model"), *arguments]
-    monkeypatch.setattr("sys.argv", ["eval.py", *arguments])
+    folder = ["--model", tmp_path / "model"] if arguments else []
     with pytest.raises((ValueError, OSError), match=words):
-        evaluation.main()
+        run_main(monkeypatch, *folder, *arguments.split())

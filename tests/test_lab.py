@@ -1,5 +1,4 @@
-"""The lab: commands that the five files accept, verdicts that follow from numbers, results that
-repeat."""
+"""The lab: commands that the five files accept, verdicts that follow, results that repeat."""
 
 import json
 import math
@@ -23,25 +22,15 @@ import tasks  # noqa: E402
 from findings_context import without_masks  # noqa: E402
 from findings_data import language_reference, prose_haystack  # noqa: E402
 
+import data  # noqa: E402
 import eval as evaluation  # noqa: E402
+import model as llama  # noqa: E402
 import sft  # noqa: E402
-from data import (  # noqa: E402
-    PackedDataset,
-    PackedSequence,
-    PackReport,
-    format_length,
-    load_tokenizer,
-    make_batch,
-    pack_builtin,
-    parse_cli,
-    parse_length,
-    write_packed,
-)
-from model import Transformer, preset_config, save_pretrained  # noqa: E402
-from train import TrainConfig, choose_stages  # noqa: E402
+import train  # noqa: E402
 
 FINDINGS = run.FINDINGS.values()
-TOKENIZER = load_tokenizer("bytes")
+TOKENIZER = data.load_tokenizer("bytes")
+KNOWN = evaluation.TASKS | tasks.MORE_TASKS
 
 
 def arms_of(finding):
@@ -63,35 +52,33 @@ def test_every_command_is_one_that_the_five_files_take(finding):
         if arm.before:
             before = arm.before.format(folder="runs/x").split()
             assert before[0] == "experiments/synthetic.py" and before[-1] in " ".join(options)
-            parse_cli(synthetic.SyntheticConfig, None, before[1:])
+            data.parse_cli(synthetic.SyntheticConfig, None, before[1:])
         if program == "experiments/neighbours.py":  # which hands on all but its own
             args, options = neighbours.parse(options)
             program = f"{args.command}.py"
-        kind = {"train.py": TrainConfig, "sft.py": sft.SftConfig}[program]
-        config = parse_cli(kind, None, options)
-        assert (config.seed, config.steps, config.init) == (1, arm.steps, "runs/start")
+        kind = {"train.py": train.TrainConfig, "sft.py": sft.SftConfig}[program]
+        config = data.parse_cli(kind, None, options)
         assert not config.eval
-        if kind is TrainConfig:
-            stage, = choose_stages(config, head_dim=16)
+        assert (config.seed, config.steps, config.init) == (1, arm.steps, "runs/start")
+        if kind is train.TrainConfig:
+            stage, = train.choose_stages(config, head_dim=16)
             assert stage.steps == arm.steps > 0 and stage.batch_tokens % stage.seq_len == 0
-            # so that the end is one of the checkpoints
-            assert arm.every == 0 or arm.steps % arm.every == 0
+            assert arm.every == 0 or arm.steps % arm.every == 0  # a checkpoint is at the end
     program, *options = lab.evaluation_of(finding, 1, quick=False)
-    config = parse_cli(evaluation.EvalConfig, None, options)
-    known = evaluation.TASKS | (tasks.MORE_TASKS if program == "experiments/tasks.py" else {})
+    config = data.parse_cli(evaluation.EvalConfig, None, options)
+    known = KNOWN if program == "experiments/tasks.py" else evaluation.TASKS
     assert set(config.tasks.split(",")) <= known.keys() and config.samples >= 100
 
 
 def made_up(finding):
     """A result as if it had been run: every metric of the finding's tasks, in three seeds."""
     rng = np.random.default_rng(0)
-    config = parse_cli(evaluation.EvalConfig, None, lab.evaluation_of(finding, 0, False)[1:])
-    known = evaluation.TASKS | tasks.MORE_TASKS
+    config = data.parse_cli(evaluation.EvalConfig, None, lab.evaluation_of(finding, 0, False)[1:])
     metrics = ["bits/byte short", "bits/byte last 1/4"]
     for task in config.tasks.split(","):
-        only = known[task].only_length
+        only = KNOWN[task].only_length
         lengths = [only] if only else config.lengths.split(",")
-        metrics += [f"{task}@{format_length(parse_length(length))}" for length in lengths]
+        metrics += [f"{task}@{data.format_length(data.parse_length(length))}" for length in lengths]
     if finding.compute:
         return lab.compute_arms(finding, range(3), lab.Lab(quick=True), "")
     arms = {}
@@ -160,13 +147,14 @@ def test_without_masks_keeps_tokens_and_labels(tmp_path):
     ids = rng.integers(256, size=(3, 64)).astype(np.uint32)
     masks = [None, rng.random(64) < 0.5, None]
     lens = [(64,), (10, 1, 53), (20, 44)]
-    before = [PackedSequence(*parts) for parts in zip(ids, lens, masks, strict=True)]
-    write_packed(tmp_path / "x", iter(before), TOKENIZER, 64, "x", 0, PackReport())
-    after = list(without_masks(PackedDataset(tmp_path / "x"), 0))
+    before = [data.PackedSequence(*parts) for parts in zip(ids, lens, masks, strict=True)]
+    data.write_packed(tmp_path / "x", iter(before), TOKENIZER, 64, "x", 0, data.PackReport())
+    after = list(without_masks(data.PackedDataset(tmp_path / "x"), 0))
     for a, b in zip(before, after, strict=True):
         assert b.doc_lens == (64,)
-        np.testing.assert_array_equal(make_batch([a]).input_ids, make_batch([b]).input_ids)
-        np.testing.assert_array_equal(make_batch([a]).labels, make_batch([b]).labels)
+        a, b = data.make_batch([a]), data.make_batch([b])
+        np.testing.assert_array_equal(a.input_ids, b.input_ids)
+        np.testing.assert_array_equal(a.labels, b.labels)
 
 
 @pytest.mark.parametrize("name", ["few", "many", "recall_prose"])
@@ -184,10 +172,10 @@ def test_more_tasks_fill_their_length_and_are_answered_by_their_context(name):
 
 def test_prose_takes_the_place_of_code_alone(tmp_path):
     """Pairs, questions, masks and lengths stay; all bytes are one piece of prose."""
-    report = PackReport()
-    packed = islice(pack_builtin("recall-8k", TOKENIZER, 8192, 0, report), 4)
-    write_packed(tmp_path / "x", packed, TOKENIZER, 8192, "recall-8k", 0, report)
-    before, text = PackedDataset(tmp_path / "x"), TOKENIZER.decode(language_reference())
+    report = data.PackReport()
+    packed = islice(data.pack_builtin("recall-8k", TOKENIZER, 8192, 0, report), 4)
+    data.write_packed(tmp_path / "x", packed, TOKENIZER, 8192, "recall-8k", 0, report)
+    before, text = data.PackedDataset(tmp_path / "x"), TOKENIZER.decode(language_reference())
     for share, changed in ((1.0, [0, 1, 2, 3]), (0.5, [1, 3])):
         for i, after in enumerate(prose_haystack(before, 0, share)):
             same = before[i].input_ids >= 256
@@ -201,8 +189,8 @@ def test_prose_takes_the_place_of_code_alone(tmp_path):
 
 def small_start(folder, seed=0):
     """A start that nobody trained: a run's folder with a checkpoint of `long`."""
-    model = Transformer(preset_config("tiny", TOKENIZER.vocab_size)).init_weights(seed)
-    save_pretrained(model, folder / "0" / "checkpoints" / "long-1")
+    model = llama.Transformer(llama.preset_config("tiny", TOKENIZER.vocab_size)).init_weights(seed)
+    llama.save_pretrained(model, folder / "0" / "checkpoints" / "long-1")
     return folder
 
 
@@ -219,9 +207,8 @@ def test_an_arm_is_known_by_all_that_it_depends_on(tmp_path):
     small_start(tmp_path / "other", seed=1)
     keys.append(lab.key_of(arm, 0, replace(place, starts=tmp_path / "other")))
     assert len(set(keys)) == len(keys)
-    for stage in ("base", "ultra"):  # never trained into a folder that somebody gave
-        with pytest.raises(ValueError, match=f"no checkpoint of stage '{stage}'"):
-            lab.find_start(stage, 0, place)
+    with pytest.raises(ValueError, match="no checkpoint of stage 'base'"):
+        lab.find_start("base", 0, place)  # never trained into a folder that somebody gave
     with pytest.raises(ValueError, match="no checkpoint of stage 'ultra'"):
         lab.find_start("ultra", 0, lab.Lab(tmp_path))
 
@@ -239,8 +226,8 @@ def test_a_finding_runs_and_repeats_to_the_last_digit(tmp_path, monkeypatch, cap
     monkeypatch.setitem(run.FINDINGS, "small", finding)
     starts, results = small_start(tmp_path / "starts"), []
     for name in ("a", "b"):
-        options = ["--seeds", "0", "--quick", "--jobs", "2", "--starts", str(starts)]
-        run.main(["small", *options, "--lab", str(tmp_path / name)])
+        run.main(["small", "--seeds", "0", "--quick", "--jobs", "2", "--starts", str(starts),
+                  "--lab", str(tmp_path / name)])
         assert "| better | " in capsys.readouterr().out
         result = json.loads((tmp_path / name / "quick" / "small.json").read_text())
         result.pop("date")
@@ -252,7 +239,7 @@ def test_a_finding_runs_and_repeats_to_the_last_digit(tmp_path, monkeypatch, cap
     made = results[0]["arms"]["trained"]
     assert [point["step"] for point in made["points"]["0"]] == [2]  # --quick: two steps
     assert [shlex.split(command)[2] for command in made["commands"]] == ["train.py", "eval.py"]
-    packed = PackedDataset(next(tmp_path.glob("a/*/packs/recall_bare-256")))
+    packed = data.PackedDataset(next(tmp_path.glob("a/*/packs/recall_bare-256")))
     assert len(packed) == packed.meta["documents"] == 5  # one document a sequence
     run.main(["--table", "--out", str(tmp_path / "a" / "quick")])
     assert "| one seed |" in capsys.readouterr().out

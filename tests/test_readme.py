@@ -1,6 +1,4 @@
-"""README.md and docs/ say what is so: commands parse or run, links lead somewhere, and the
-arithmetic of docs/512K.md is done again from the code, number by number.
-"""
+"""README.md and docs/ say what is so: commands run, links lead somewhere, and so do numbers."""
 
 import dataclasses
 import functools
@@ -67,7 +65,7 @@ def python_part(command: str) -> list[str]:
 
 
 def test_there_are_exactly_two_setup_commands():
-    """One line runs the main job, one passes the tests; both set up by themselves."""
+    """One line runs the main job, one the tests."""
     job, tests = SETUP
     assert job.endswith("train.py") and tests.endswith("pytest")
 
@@ -79,11 +77,8 @@ SMALLER = {  # what makes a command of "Use it" short; all else stays as it is w
                         "--batch-tokens 4k --steps 1 --no-eval",
     "--tasks text --lengths 8k,32k,64k": "--tasks json_kv,needle,rerank --lengths 2k --samples 2",
     "sft.py --init runs/tiny": "sft.py --init runs/tiny --steps 2 --no-eval",
-    "code_repos-64k": "code_repos-2k",
-    "--seq 64k": "--seq 2k",
-    "ultra-100": "ultra-2",
-    "DIR": "exported",
-}
+    "code_repos-64k": "code_repos-2k", "--seq 64k": "--seq 2k", "ultra-100": "ultra-2",
+    "DIR": "exported"}
 
 
 def test_the_commands_of_use_it_run_one_after_another(tmp_path):
@@ -131,8 +126,8 @@ def test_commands_parse_and_name_what_exists(command):
 def test_model_commands_run_or_miss_only_their_folder(command, tmp_path):
     """Presets are described for real; other commands name the folder they lack."""
     script, *words = python_part(command)
-    command = [sys.executable, str(ROOT / script), *words]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, ROOT / script, *words], cwd=tmp_path,
+                          capture_output=True, text=True)
     if words[1] in model.PRESETS:
         assert "8,030,261,248 parameters" in done.stdout
     else:
