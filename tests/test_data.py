@@ -14,8 +14,8 @@ The embedded domains read a small made-up Python installation, so that each expe
 
 import json
 import math
-import random
 import os
+import random
 import re
 import subprocess
 import sys

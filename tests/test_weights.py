@@ -390,6 +390,7 @@ def test_other_tensors_are_refused(folder, changes, complaint):
 @pytest.mark.parametrize("weight_map, complaint", [
     ({"a": "missing.safetensors"}, "missing.safetensors is not a whole safetensors file"),
     ({"a": 7}, "7 is not a whole safetensors file"),
+    ({"a": "../model.safetensors"}, "names a file that is not in its folder"),
     ({"a": "copy.safetensors", "b": "model.safetensors"}, "'lm_head.weight' .* needs None"),
     (None, f"{INDEX} has no weight_map"),
 ])
