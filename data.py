@@ -3,8 +3,8 @@
     raw text --tokenize--> documents --pack--> sequences --mix--> a step's sequences --> batches
 
 How documents are laid out in a sequence decides what a model can learn about long context. The
-paper (2410.02660, A.2) has two rules. Here they pack documents a (11 tokens), b (3), c (7) and
-d (4) into sequences of 8 tokens:
+paper (2410.02660, A.2) has three rules. Here they pack documents a (11 tokens), b (3), c (7)
+and d (4) into sequences of 8 tokens:
 
     long    drop documents shorter than a sequence, cut the others, drop what is left over
 
@@ -15,6 +15,8 @@ d (4) into sequences of 8 tokens:
 
             a a a a a a a a | a a a b b b c c | c c c c c d d d      the last d waits for more
             (8,)              (3, 3, 2)         (5, 3)
+
+    sft     conversations: as short, but what a cut leaves over is dropped
 
 A sequence is exactly seq_len tokens and its `doc_lens`, the lengths of the documents in it. The
 model uses them to keep attention inside each document (model.py). A mixture then gives every
@@ -90,7 +92,7 @@ class PackReport:
     """What became of the tokens: tokens_in = tokens_packed + tokens_dropped, always."""
 
     documents_in: int = 0
-    documents_dropped: int = 0  # whole: too short for pack_long, or too long
+    documents_dropped: int = 0  # entirely: too short for pack_long, or not `below` its limit
     tokens_in: int = 0
     tokens_packed: int = 0
 
@@ -130,10 +132,11 @@ def pack_long(documents: Iterable[Document], doc_len: int, seq_len: int | None =
 
 def pack_short(documents: Iterable[Document], seq_len: int, report: PackReport | None = None,
                carry_tail: bool = True, ranks: int = 1) -> Iterator[PackedSequence]:
-    """Lay documents end to end and cut every `seq_len` tokens; a cut tail begins the next.
+    """Lay documents end to end and cut every `seq_len` tokens.
 
-    With `ranks` we also cut at every rank's share of the sequence. Then no document lies on two
-    ranks, and sequence parallelism has nothing to exchange (A.2).
+    The tail of a cut document begins the next sequence; without `carry_tail` it is dropped. With
+    `ranks` we also cut at every rank's share of the sequence. Then no document lies on two ranks,
+    and sequence parallelism has nothing to exchange (A.2).
     """
     if seq_len % ranks:
         raise ValueError(f"sequences of {seq_len} tokens do not have {ranks} equal shares; "
@@ -314,7 +317,8 @@ class Mixture:
     def _next(self) -> PackedSequence:
         n = sum(self.drawn.values()) + 1
         behind = [d for d, share in self.shares.items() if share * n > self.drawn[d] + 1e-9]
-        name = min(behind, key=lambda d: (self.drawn[d] + 1) / self.shares[d])  # due at this draw
+        due = {d: (self.drawn[d] + 1) / self.shares[d] for d in behind}  # at which draw
+        name = min(due, key=lambda d: due[d])
         dataset = self.datasets[name]
         epoch, i = divmod(self.drawn[name], len(dataset))
         self.drawn[name] += 1
@@ -327,10 +331,6 @@ class Mixture:
             raise ValueError(f"the data's cursor {drawn} does not belong to the mixture of "
                              f"{', '.join(self.drawn)}; start anew with --init, not --resume")
         self.drawn = dict(drawn)
-
-    def epochs(self) -> dict[str, float]:
-        """How often each domain has been seen so far; above 1 sequences repeat."""
-        return {name: self.drawn[name] / len(self.datasets[name]) for name in self.shares}
 
 
 @cache
@@ -451,12 +451,9 @@ def textbooks(tokenizer: Tokenizer, seed: int) -> Iterator[Document]:
     return (tokenizer.document(book) for book in installed.books())
 
 
-LONGEST_BOOK = 2**18  # longer documents are the books of a subject, joined (A.2)
-
-
 def short(tokenizer: Tokenizer, seed: int) -> Iterator[Document]:
     """The mixture's short part: each function and class of the installed packages is a document."""
-    paths = [path for files in installed.list_repositories().values() for path in files[:50]]
+    paths = [path for repo in installed.list_repositories().values() for path in repo[:50]]
     for i in generator(seed, "short").permutation(len(paths)):
         for source in installed.source_texts(paths[i]):
             yield tokenizer.document(source)
@@ -503,7 +500,7 @@ def synthetic(kind: str, shortest: int, n_lengths: int, tokenizer: Tokenizer, se
             ids, mask = toy.icl_rows(rng, batch, length, bos, eos)
         else:
             pairs, room = toy.pairs_and_room(rng, batch, length)
-            if kind == "bare_recall":  # without a search: between the pairs there are only blanks
+            if kind == "bare_recall":  # only blanks between the pairs: there is nothing to search
                 haystack = np.full((batch, room), toy.BLANK, np.uint32)
             else:
                 haystack = haystack_windows(tokenizer, rng, batch, room, seed)
@@ -519,7 +516,6 @@ SYNTHETIC_DOMAINS = {  # (tokenizer, seed, longest) -> documents
     "recall": partial(synthetic, "recall", 32, 3),
     "icl": partial(synthetic, "icl", 64, 3),
 }
-REAL_TEXT = LONG_DOMAINS.keys() | SHORT_DOMAINS.keys()
 
 
 class Domain(NamedTuple):
@@ -533,6 +529,9 @@ def parse_domain(text: str) -> Domain:
     """Read "recall-2k" or "short". Raises ValueError for what is no length."""
     name, dash, length = text.partition("-")
     return Domain(name, parse_length(length) if dash else None)
+
+
+LONGEST_BOOK = 2**18  # for longer documents all books are joined, as those of a subject (A.2)
 
 
 def pack_builtin(domain: str, tokenizer: Tokenizer, seq_len: int, seed: int, report: PackReport,
@@ -655,7 +654,7 @@ def pack(config: PackConfig) -> None:
     enough = config.sequences or (None if config.from_ or config.from_mds else 1000)
     bar = tqdm(itertools.islice(sequences, enough), disable=not sys.stderr.isatty())
     write_packed(config.out, bar, tokenizer, seq_len, domain, seed, report)
-    print(f"documents in {report.documents_in:,} ({report.tokens_in:,} tokens), of no use whole "
+    print(f"documents in {report.documents_in:,} ({report.tokens_in:,} tokens), dropped entirely "
           f"{report.documents_dropped:,}; tokens packed {report.tokens_packed:,}, "
           f"dropped {report.tokens_dropped:,}")
     inspect(config.out)

@@ -52,14 +52,8 @@ from model import (
 )
 from support import fitting, scores, tasks, toy
 from support.cli import choose, format_length, option, parse_length
-from support.report import (  # noqa: F401
-    compare_files,
-    draw_evaluation,
-    draw_recall,
-    open_record,
-    print_tokens,
-)
-from support.scores import format_table, macro_averages, save_evaluation  # noqa: F401
+from support.report import compare_files, draw_evaluation, open_record, print_tokens
+from support.scores import format_table, save_evaluation
 
 # --- 1. What a task is ----------------------------------------------------------------------------
 
@@ -95,7 +89,7 @@ class Task:
     #                  (tokenizer, length, contexts, questions about each, seed)
     score: Score
     category: str  # we average over categories, not over tasks (section 2.1)
-    shared: int = 7  # most questions about one context, which is costly to read
+    shared: int = 7  # at most so many questions about a context; `exact` tasks: just so many
     exact: bool = False  # right only if greedy decoding writes the answer token by token
     only_length: int | None = None  # of a task that has one length
 
@@ -361,9 +355,10 @@ def bits_per_byte(model: Transformer, tokenizer: Tokenizer, length: int, n: int,
                   parallel: Parallel | None = None) -> list[dict[str, Any]]:
     """Bits per byte of held-out code: how well a model predicts after so much context.
 
-    We sum the loss of `n` documents (1,024 at most) over positions 0-256, 256-512, 512-1024, ...
-    and the last quarter. "short" are documents of 256 tokens, which longer ones must not harm.
-    Source: Figure 1, whose point is that this number improves while abilities may not.
+    Bytes, because tokenizers cut one text into different numbers of tokens. We sum the loss of `n`
+    documents (1,024 at most) over positions 0-256, 256-512, ... and the last quarter. "short" are
+    documents of 256 tokens, which longer ones must not harm. Source: Figure 1, whose point is that
+    this number improves while abilities may not.
     """
     device = model.embed_tokens.weight.device
     rank, ranks = (parallel.sp_rank, parallel.sp_size) if parallel else (0, 1)
@@ -416,7 +411,7 @@ def quick_scores(model: Transformer, tokenizer: Tokenizer, length: int, parallel
         task = TASKS[name]
         questions = questions_each(task, length, per_context=4)
         examples = task.examples(tokenizer, length, n * parallel.dp_size, questions, seed)
-        wrong = torch.zeros(len(examples), questions)  # tokens of each answer
+        wrong = torch.zeros(len(examples), questions)  # wrong tokens of each answer
         for i in range(parallel.dp_rank, len(examples), parallel.dp_size):
             text, answer_of = join_answers(tokenizer, examples[i], task.exact)
             batch = pad_document(text, answer_of >= 0, parallel.sp_size)

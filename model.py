@@ -420,7 +420,7 @@ class Transformer(nn.Module):
         self.config = replace(self.config, rope_theta=rope_theta, max_seq_len=max_seq_len)
 
     def set_memory_options(self, options: MemoryOptions) -> None:
-        """Choose what is kept for backward: for the whole model and each of its blocks."""
+        """Set what is kept for backward, here and in each block; train.py chooses it."""
         for module in (self, *self.layers):
             module.memory = options
 
@@ -443,7 +443,7 @@ class MemoryOptions:
     """What to trade for memory, the cheapest first."""
 
     loss_chunk_tokens: int = 8192  # hold the logits of so many tokens at a time; 0: of all
-    activations: str = "keep"  # "recompute": keep only a block's input; "offload": on the host
+    activations: str = "keep"  # "recompute": of a block only its input; "offload": that on the host
     mlp_tile_tokens: int = 0  # compute what follows attention in tiles of so many tokens; 0: in one
 
     def __post_init__(self) -> None:
@@ -576,8 +576,8 @@ def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_s
     """Document attention over a sequence whose tokens are spread over the ranks of a group.
 
     q (T, H, D), k and v (T, H_kv, D) -> (T, H, D); `cu_seqlens` is that of all S tokens. K and V
-    travel with their own heads; ProLong expands them first: for Llama-3 on 8 ranks that is 1.6
-    times the traffic. Source: 2309.14509; ProLong A.3.
+    travel with their own heads, unless these are fewer than the ranks. To expand them first, as
+    ProLong does, sends 1.6 times as much (Llama-3, 8 ranks). Source: 2309.14509; ProLong A.3.
     """
     P = dist.get_world_size(group)
     T, H, H_kv = q.shape[0], q.shape[1], k.shape[1]
@@ -653,13 +653,13 @@ class KVCache:
 
     def __init__(self) -> None:
         self._length = 0
-        self.room = 0  # tokens that a layer's tensor holds when it is next made
+        self.room = 0  # tokens to make room for at the next allocation; `read` sets it
         self.layers: dict[int, Tensor] = {}  # layer -> (2, H_kv, room, D): keys, values
-        self.pending: list[int] = []  # goes on with these, which the model has yet to read
+        self.pending: list[int] = []  # the text's last tokens, which nobody has read yet
 
     @property
     def length(self) -> int:
-        """How many tokens have been read. Assign a smaller number to cut the text back."""
+        """How many tokens have been read. To assign cuts the text back, `pending` included."""
         return self._length
 
     @length.setter

@@ -46,7 +46,7 @@ from model import KVCache, Transformer, empty_pretrained, load_pretrained, strea
 from support import installed
 from support.chats import Message, ask_about_context, read_chats
 from support.cli import choose
-from support.texts import read_rows
+from support.texts import SUFFIXES, read_rows
 from train import Run, RunConfig, Stage
 
 # --- 1. A conversation becomes a document ---------------------------------------------------------
@@ -233,8 +233,12 @@ def conversations_of(source: str, tokenizer: Tokenizer, config: SftConfig, seq_l
     if source == "builtin":
         kinds = question_kinds(tokenizer)
         return builtin_conversations(tokenizer, config.seed, kinds, min(1024, seq_len // 2))
-    name, _, split = source.partition(":")
-    return read_chats(read_rows(name, split=split or "train"), config.on_bad, left_out)
+    if Path(source).exists() or Path(source).suffix in SUFFIXES:
+        rows = read_rows(source)
+    else:
+        name, _, split = source.partition(":")
+        rows = read_rows(name, "hub", split=split or "train")
+    return read_chats(rows, config.on_bad, left_out)
 
 
 def pack_conversations(run: Run, stage: Stage, config: SftConfig) -> Path:

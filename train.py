@@ -57,6 +57,7 @@ from support.cli import choose, format_length, parse_cli, run_main
 from support.files import whole_folder, write_json
 from support.memory import count_weights, dtype_for, memory_per_rank, memory_there  # noqa: F401
 from support.options import RunConfig, TrainConfig
+from support.report import draw_recall
 from support.run import Diverged, config_to_resume, fail_together, read_state, run_and_exit
 
 # --- 1. Recipes -----------------------------------------------------------------------------------
@@ -106,6 +107,7 @@ def with_short_mix(mixture: dict[str, float], name: str = "shortmix") -> dict[st
 
 
 TINY = [
+    # Half of it among code: between blanks alone, some seeds learn a blurred lookup (docs/LOG.md).
     Stage("base", 256, 1e4, {"recall_bare-256": 0.5, "recall-256": 0.5},
           tokens=3000 * 1024, batch_tokens=1024, lr=3e-3, min_lr=3e-4),
     Stage("long", 2048, 1.6e5,
@@ -157,7 +159,7 @@ def stage_at_length(stage: Stage, seq_len: int, head_dim: int) -> Stage:
 
 
 def choose_stages(config: TrainConfig, head_dim: int) -> list[Stage]:
-    """The recipe's stages that this command runs, with the command's changes."""
+    """The recipe's stages, changed as the command says; with `--seq` its last one alone."""
     stages = choose("recipe", config.recipe, RECIPES)
     if config.stage:
         by_name = {stage.name: stage for stage in stages}
@@ -219,7 +221,7 @@ def step_layout(stage: Stage, parallel: Parallel, micro_batch_tokens: int | None
 
 
 def default_seq_parallel_size(config: ModelConfig, stage: Stage, world_size: int) -> int:
-    """The smallest P at which a rank holds at most 64K tokens of a sequence and none has none."""
+    """The smallest P for at most 64K tokens of a sequence a rank, and a sequence for each."""
     sizes = llama.valid_seq_parallel_sizes(config.n_heads, config.n_kv_heads)
     sequences = stage.batch_tokens // stage.seq_len
     for P in sizes:
@@ -377,7 +379,8 @@ def train_step(model: Transformer, optimizer: Optimizer, batches: Sequence[Batch
     Raises Diverged on all ranks, before any weight changes, if loss or gradient is not finite.
     """
     shards = [batch.shard(parallel.sp_rank, parallel.sp_size) for batch in batches]
-    valid = parallel.all_sum(torch.stack([(labels >= 0).sum() for _, labels in shards]).sum())
+    counts = [(labels != data.IGNORE_INDEX).sum() for _, labels in shards]
+    valid = parallel.all_sum(torch.stack(counts).sum())
     total = torch.zeros((), dtype=torch.float64, device=parallel.device)
     for (input_ids, labels), batch in zip(shards, batches, strict=True):
         input_ids = llama.to_device(input_ids, parallel.device)
@@ -463,7 +466,7 @@ def load_checkpoint(folder: Path, model: Transformer,
 
 
 def initial_weights(config: RunConfig) -> tuple[Path | None, dict[str, Any] | None]:
-    """The folder whose weights to start from, and its state if it is one of our checkpoints."""
+    """The folder whose weights to start from, and its state if we wrote it. Starts the ranks."""
     parallel = llama.init_parallel()
     for folder in filter(None, (config.resume, config.init)):
         found = runs.newest_checkpoint(Path(folder), parallel.main)  # if it is the folder of a run
@@ -596,7 +599,7 @@ def open_mixture(run: Run, stage: Stage, folder: Path,
 
 
 def set_memory_and_announce(run: Run, stage: Stage, layout: StepLayout, mixture: Mixture) -> None:
-    """Choose what is kept for backward, and print what runs."""
+    """Choose the memory options (`memory_options_for`), and print what runs."""
     parallel, model, micro = run.parallel, run.model, layout.per_batch * stage.seq_len
     options, why = memory_options_for(
         run.config, model.config, micro // parallel.sp_size, parallel.world_size,
@@ -648,7 +651,7 @@ def evaluate_checkpoint(run: Run, name: str, checkpoint: Path, done: list[dict[s
             evaluation.save_evaluation(result, path.parent)
         done.append(json.loads(path.read_text()))
         figure = run.folder / "figures" / "recall_by_length.png"
-        drawn = evaluation.draw_recall(done, figure)
+        drawn = draw_recall(done, figure)
         print(evaluation.format_table(done))
         print(f"figure: {figure}" if drawn else "no figure: matplotlib is missing", flush=True)
     dist.barrier()
