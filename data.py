@@ -3,8 +3,8 @@
     raw text --tokenize--> documents --pack--> sequences --mix--> a step's sequences --> batches
 
 How documents are laid out in a sequence decides what a model can learn about long context. The
-paper (2410.02660, A.2) has three rules. Here they pack documents a (11 tokens), b (3), c (7)
-and d (4) into sequences of 8 tokens:
+paper (2410.02660, sections 3 and A.2) has three rules. Here they pack documents a (11 tokens),
+b (3), c (7) and d (4) into sequences of 8 tokens:
 
     long    drop documents shorter than a sequence, cut the others, drop what is left over
 
@@ -29,8 +29,6 @@ of your own is tokenized once and packed as often as you like:
     python data.py inspect packs/code_repos-2k
     python data.py tokenize --input ~/src --format repos --tokenizer llama3 --out docs/code
     python data.py pack --from docs/code --domain code-64k --seq 64k --out packs/code-64k
-
-Source: ProLong section 3, A.2, Table 9.
 """
 
 from __future__ import annotations
