@@ -1,7 +1,4 @@
-"""Evaluation: examples are what they say, scores are those published, uncertainty is not hidden.
-
-An oracle that reads the answer out of the prompt scores 1 on every task; a guesser scores chance.
-"""
+"""Tests of eval.py: an oracle that reads the prompt scores 1 on every task, a guesser chance."""
 
 import dataclasses
 import json
@@ -14,10 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiktoken
 import torch
+from test_data import TOKENIZER, byte_tokenizer
 
-import data
 import eval as evaluation
 from eval import Example, Question
 from model import Transformer, init_parallel, preset_config, save_pretrained
@@ -28,26 +24,17 @@ TOKENS = ["recall_bare", "recall", "icl"]
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return data.load_tokenizer()
-
-
-@pytest.fixture(scope="module")
 def bpe():
-    """A small tokenizer like GPT-2's: bytes, and the pairs of letters that code has most often."""
+    """A small tokenizer: bytes, and the pairs of letters that code has most often."""
     text = "\n".join(evaluation.code_lines()[:4000]).encode()
     pairs = Counter(pair for pair in pairwise(text) if bytes(pair).isalpha()).most_common(500)
-    ranks = {bytes([i]): i for i in range(256)} | {
-        bytes(pair): 256 + i for i, (pair, _) in enumerate(pairs)}
-    end = "<|endoftext|>"
-    encoding = tiktoken.Encoding("bpe", pat_str=r"\p{L}+|[^\p{L}]", mergeable_ranks=ranks,
-                                 special_tokens={end: len(ranks)})
-    return data.Tokenizer("bpe", encoding, end, end)
+    merges = {bytes(pair): 256 + i for i, (pair, _) in enumerate(pairs)}
+    return byte_tokenizer(r"\p{L}+|[^\p{L}]", merges, begin=256 + len(merges))
 
 
 @pytest.fixture
-def model(tokenizer):
-    return Transformer(preset_config("tiny", tokenizer.vocab_size)).init_weights(0)
+def model():
+    return Transformer(preset_config("tiny", TOKENIZER.vocab_size)).init_weights(0)
 
 
 def make(tokenizer, name: str, length: int, n: int, questions: int = 1) -> list[Example]:
@@ -58,19 +45,16 @@ def text_of(tokenizer, example: Example) -> str:
     return tokenizer.decode(example.context_ids[len(tokenizer.begin):])
 
 
-# --- Generators ---
-
-
 @pytest.mark.parametrize("task, length", [("recall_bare", 160), ("recall", 256), ("recall", 777),
                                           ("icl", 256)])
-def test_examples_in_special_tokens_fill_the_length_and_hold_their_answers(tokenizer, task, length):
+def test_examples_in_special_tokens_fill_the_length_and_hold_their_answers(task, length):
     """Context, question and answer fit the length; the answer stands where the depth says."""
     shared = evaluation.TASKS[task].shared
-    for example in make(tokenizer, task, length, 4, shared):
+    for example in make(TOKENIZER, task, length, 4, shared):
         text = example.context_ids.tolist()
-        assert text[0] == tokenizer.bos_id and len(example.questions) == shared
+        assert text[0] == TOKENIZER.bos_id and len(example.questions) == shared
         for q in example.questions:
-            answer = tokenizer.encode_with_specials(q.answers[0]).tolist()
+            answer = TOKENIZER.encode_with_specials(q.answers[0]).tolist()
             total = len(text) + len(q.prompt_ids) + len(answer)
             if task == "icl":
                 assert length - toy.ICL_LINE <= total <= length
@@ -86,9 +70,9 @@ def test_examples_in_special_tokens_fill_the_length_and_hold_their_answers(token
 
 @pytest.mark.parametrize("name", TEXT)
 @pytest.mark.parametrize("kind, length", [("bytes", 5000), ("bpe", 4000)])
-def test_text_examples_are_what_they_say(tokenizer, bpe, name, kind, length):
+def test_text_examples_are_what_they_say(bpe, name, kind, length):
     """With two tokenizers: length, depths, demonstrations, and no two alike."""
-    tokenizer, seen = tokenizer if kind == "bytes" else bpe, set()
+    tokenizer, seen = TOKENIZER if kind == "bytes" else bpe, set()
     for example in make(tokenizer, name, length, 10):
         (q,) = example.questions
         total = len(example.context_ids) + len(q.prompt_ids) + example.budget
@@ -109,9 +93,9 @@ def test_text_examples_are_what_they_say(tokenizer, bpe, name, kind, length):
     assert len(seen) == 10
 
 
-def test_depths_are_spread_evenly(tokenizer):
+def test_depths_are_spread_evenly():
     """Each fifth of the context has its share of the answers, 8 of 40, to within three."""
-    depths = [q.depth for e in make(tokenizer, "needle", 3000, 40) for q in e.questions]
+    depths = [q.depth for e in make(TOKENIZER, "needle", 3000, 40) for q in e.questions]
     counts, _ = np.histogram(depths, bins=5, range=(0, 1))
     assert all(5 <= count <= 11 for count in counts), depths
 
@@ -127,9 +111,6 @@ def test_labels_are_dealt_anew_and_examples_balanced(bpe):
         assert asked and f"\n\n{asked}\nlabel" not in text_of(bpe, example)
         mappings.add(tuple(labels[:6]))
     assert len(mappings) > 15
-
-
-# --- An oracle, and a guesser ---
 
 
 def solve(name: str, text: str, prompt: str) -> str:
@@ -189,10 +170,9 @@ def guess(rng: np.random.Generator, name: str, question: Question) -> str:
 
 
 @pytest.mark.parametrize("name", [*TOKENS, *TEXT])
-def test_an_oracle_scores_one_and_a_guesser_chance(tokenizer, bpe, monkeypatch, name):
-    """Through the whole runner: who reads the answer out of the prompt is always right, and who
-    guesses is right as often as the table says, within the interval."""
-    tokenizer = tokenizer if name in TOKENS else bpe
+def test_an_oracle_scores_one_and_a_guesser_chance(bpe, monkeypatch, name):
+    """Who reads the answer is always right; who guesses, as often as the table says."""
+    tokenizer = TOKENIZER if name in TOKENS else bpe
     length = 160 if name == "recall_bare" else 1024 if name in TOKENS else 4000
     rng = np.random.default_rng(0)
 
@@ -208,12 +188,9 @@ def test_an_oracle_scores_one_and_a_guesser_chance(tokenizer, bpe, monkeypatch, 
         assert row["score"] == 1 if knows else row["low"] <= row["chance"] <= row["high"], row
 
 
-# --- The runner ---
-
-
-def sharp_model(tokenizer) -> Transformer:
+def sharp_model() -> Transformer:
     """One that is sure of itself and likes labels: a few ICL answers come out right."""
-    config = dataclasses.replace(preset_config("tiny", tokenizer.vocab_size), n_layers=1)
+    config = dataclasses.replace(preset_config("tiny", TOKENIZER.vocab_size), n_layers=1)
     model = Transformer(config).init_weights(6).to(torch.float64)
     with torch.no_grad():
         model.embed_tokens.weight *= 40
@@ -222,30 +199,30 @@ def sharp_model(tokenizer) -> Transformer:
 
 
 @pytest.mark.parametrize("task, length", [("recall", 256), ("icl", 128)])
-def test_teacher_forcing_agrees_with_greedy_decoding(tokenizer, task, length):
+def test_teacher_forcing_agrees_with_greedy_decoding(task, length):
     """Both count the same answers right, on a model whose guesses are sometimes right (float64)."""
-    model, right = sharp_model(tokenizer), {True: [], False: []}
-    for example in make(tokenizer, task, length, 2, questions=8):
-        written = evaluation.answer_questions(model, tokenizer, example, exact=False)
+    model, right = sharp_model(), {True: [], False: []}
+    for example in make(TOKENIZER, task, length, 2, questions=8):
+        written = evaluation.answer_questions(model, TOKENIZER, example, exact=False)
         questions = list(example.questions)
         for k in range(1, 8, 2):  # what it writes becomes the right answer
-            ids = tokenizer.encode_with_specials(written[k])[:example.budget]
+            ids = TOKENIZER.encode_with_specials(written[k])[:example.budget]
             if len(ids) == example.budget:
-                questions[k] = dataclasses.replace(questions[k], answers=(tokenizer.decode(ids),))
+                questions[k] = dataclasses.replace(questions[k], answers=(TOKENIZER.decode(ids),))
         changed = dataclasses.replace(example, questions=tuple(questions))
         for exact, found in right.items():
-            texts = evaluation.answer_questions(model, tokenizer, changed, exact)
+            texts = evaluation.answer_questions(model, TOKENIZER, changed, exact)
             found += [text == q.answers[0] for q, text in zip(questions, texts, strict=True)]
     assert right[True] == right[False] and 3 <= sum(right[True]) < len(right[True])
 
 
-def test_questions_do_not_see_each_other(tokenizer):
+def test_questions_do_not_see_each_other():
     """The cache is cut back: each question is answered as if it were the only one."""
-    model = sharp_model(tokenizer)
+    model = sharp_model()
     for name, length in (("recall", 256), ("qa", 1000)):
-        (example,) = make(tokenizer, name, length, 1, questions=3)
+        (example,) = make(TOKENIZER, name, length, 1, questions=3)
         alone = [dataclasses.replace(example, questions=(q,)) for q in example.questions]
-        together, *each = (evaluation.answer_questions(model, tokenizer, e, exact=False)
+        together, *each = (evaluation.answer_questions(model, TOKENIZER, e, exact=False)
                            for e in (example, *alone))
         assert each == [[text] for text in together] and any(together)
 
@@ -278,7 +255,7 @@ def test_a_stopped_evaluation_goes_on_where_it_was(model, tmp_path, monkeypatch)
         evaluation.evaluate(model, dataclasses.replace(config, seed=1), "m", predictions=path)
 
 
-def test_local_files_in_every_known_format(tokenizer, model, tmp_path):
+def test_local_files_in_every_known_format(model, tmp_path):
     """RULER's, JSON pairs, passages, re-ranking and ICL lines: scored by their rules."""
     ctxs = [{"id": str(i), "title": f"T{i}", "text": f"text {i}", "label": i % 3} for i in range(5)]
     files = {
@@ -292,9 +269,9 @@ def test_local_files_in_every_known_format(tokenizer, model, tmp_path):
         path = tmp_path / f"{name}.jsonl"
         path.write_text(json.dumps(row) + "\n")
         task = evaluation.find_task(str(path))
-        (example,) = task.examples(tokenizer, 0, 5, 1, 0)
+        (example,) = task.examples(TOKENIZER, 0, 5, 1, 0)
         assert task.score(written, example.questions[0]) == pytest.approx(score), name
-    prompt = tokenizer.decode([*example.context_ids[1:], *example.questions[0].prompt_ids])
+    prompt = TOKENIZER.decode([*example.context_ids[1:], *example.questions[0].prompt_ids])
     assert "[ID: 3] Document: text 3" in prompt and prompt.endswith("Query: what\nRanking:")
     mine = [json.dumps({"text": f"t{i}", "label": i % 4}) + "\n" for i in range(40)]
     (tmp_path / "mine.jsonl").write_text("".join(mine))
@@ -307,20 +284,18 @@ def test_local_files_in_every_known_format(tokenizer, model, tmp_path):
 
 @pytest.mark.parametrize("line, words", [
     ('{"a": 1}', "no known format"), ("{", "bad.jsonl:1 is not JSON"), ("", "no JSON objects"),
-    ("[1]", "not an object"), ('{"input": "x", "outputs": [3]}', "expected str"),
-    ('{"text": "x", "label": 3}', "each label needs two lines")])
-def test_a_bad_file_is_one_clear_error(tokenizer, tmp_path, line, words):
+    ('{"input": "x", "outputs": [3]}', "expected str"), ('{"text": "x", "label": 3}', "two lines")])
+def test_a_bad_file_is_one_clear_error(tmp_path, line, words):
     (tmp_path / "bad.jsonl").write_text(line + "\n")
     with pytest.raises(ValueError, match=words):
-        evaluation.find_task(str(tmp_path / "bad.jsonl")).examples(tokenizer, 0, 1, 1, 0)
+        evaluation.find_task(str(tmp_path / "bad.jsonl")).examples(TOKENIZER, 0, 1, 1, 0)
 
 
 def parallel_work(rank: int, world: int, port: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
-    parallel, tokenizer = init_parallel(world), data.load_tokenizer()
-    model, path = sharp_model(tokenizer), folder / "predictions.jsonl"
+    parallel, model, path = init_parallel(world), sharp_model(), folder / "predictions.jsonl"
     config = options(folder, lengths="301", bpb_length=301)
     done = evaluation.evaluate(model, config, "m", parallel, path)
     if rank == 0:  # as if it had been stopped half-way
@@ -329,21 +304,21 @@ def parallel_work(rank: int, world: int, port: int, folder: Path) -> None:
     assert evaluation.evaluate(model, config, "m", parallel, path) == done
     with pytest.raises(ValueError, match="other settings"):  # on both ranks, and none waits
         evaluation.evaluate(model, dataclasses.replace(config, seed=1), "m", parallel, path)
-    done["quick"] = evaluation.quick_scores(model, tokenizer, 301, parallel)
+    done["quick"] = evaluation.quick_scores(model, TOKENIZER, 301, parallel)
     alone = init_parallel(1)  # two dp ranks of one
-    done["quick_dp"] = evaluation.quick_scores(model, tokenizer, 301, alone, n=1)
+    done["quick_dp"] = evaluation.quick_scores(model, TOKENIZER, 301, alone, n=1)
     if rank == 0:
         (folder / "parallel.json").write_text(json.dumps(done))
     torch.distributed.destroy_process_group()
 
 
-def test_ranks_that_share_every_text_write_the_same(tokenizer, tmp_path):
+def test_ranks_that_share_every_text_write_the_same(tmp_path):
     """Two ranks, half the heads each; 301 tokens, which two do not divide: float64 to 1e-10."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(parallel_work, (2, port, tmp_path), nprocs=2)
-    found, model = json.loads((tmp_path / "parallel.json").read_text()), sharp_model(tokenizer)
+    found, model = json.loads((tmp_path / "parallel.json").read_text()), sharp_model()
     alone = evaluation.evaluate(model, options(tmp_path, lengths="301", bpb_length=301), "m")
     assert found["results"] == json.loads(json.dumps(alone["results"]))
     for a, b in zip(found["bits_per_byte"], alone["bits_per_byte"], strict=True):
@@ -351,10 +326,10 @@ def test_ranks_that_share_every_text_write_the_same(tokenizer, tmp_path):
         assert a["bits_per_byte"] == pytest.approx(b["bits_per_byte"], rel=1e-10)
     for name in ("recall", "icl"):  # by hand: every token of the whole text predicted
         right = []
-        for e in make(tokenizer, name, 301, 2, evaluation.TASKS[name].shared):
+        for e in make(TOKENIZER, name, 301, 2, evaluation.TASKS[name].shared):
             text, answers = e.context_ids.tolist(), {}  # where they end
             for q in e.questions:
-                answer = tokenizer.encode_with_specials(q.answers[0]).tolist()
+                answer = TOKENIZER.encode_with_specials(q.answers[0]).tolist()
                 text += [*q.prompt_ids.tolist(), *answer]
                 answers[len(text)] = answer
             likeliest = model.logits(torch.tensor(text), (len(text),)).argmax(-1).tolist()
@@ -364,49 +339,38 @@ def test_ranks_that_share_every_text_write_the_same(tokenizer, tmp_path):
     assert found["quick"]["icl@301"] > 0
 
 
-# --- Statistics and perplexity ---
-
-
-@pytest.mark.parametrize("correct, n, low, high", [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0),
-                                                   (81, 263, 0.2553, 0.3662)])
-def test_wilson_interval(correct, n, low, high):
-    """Values from Newcombe (1998), Table I, method 3, and the closed form at the ends."""
-    assert evaluation.wilson_interval(correct, n) == pytest.approx((low, high), abs=1e-4)
-
-
-def test_questions_that_go_together_count_less():
-    """Ten contexts that are all right or all wrong are worth ten questions, not a hundred."""
+def test_intervals():
+    """Wilson's, as in Newcombe (1998), Table I; ten contexts all right or wrong are worth ten."""
     wilson, approx = evaluation.wilson_interval, pytest.approx
+    assert wilson(81, 263) == approx((0.2553, 0.3662), abs=1e-4)
+    assert wilson(0, 10) == approx((0.0, 0.2775), abs=1e-4)
+    assert wilson(10, 10) == approx((0.7225, 1.0), abs=1e-4)
     together = evaluation.interval([[1.0] * 10] * 6 + [[0.0] * 10] * 4)
     independent = evaluation.interval([[1.0]] * 60 + [[0.0]] * 40)
     assert together == approx(wilson(6, 10), abs=0.03)
     assert independent == approx(wilson(60, 100), abs=0.003)
 
 
-def test_another_tokenizer_has_text_tasks(tokenizer, bpe):
+def test_another_tokenizer_has_text_tasks(bpe):
     """A model with its own tokenizer is asked in text; recall in special tokens is refused."""
     plan, config = evaluation.plan_jobs, evaluation.EvalConfig
     assert {task for task, *_ in plan(config(), bpe)} == set(TEXT)
-    assert [task for task, *_ in plan(config(lengths="512"), tokenizer)] == TOKENS
-    for name in ("recall", "icl"):
-        with pytest.raises(ValueError, match="tokenizer 'bytes'"):
-            plan(config(tasks=name), bpe)
+    assert [task for task, *_ in plan(config(lengths="512"), TOKENIZER)] == TOKENS
+    with pytest.raises(ValueError, match="tokenizer 'bytes'"):
+        plan(config(tasks="recall"), bpe)
     few = config(tasks="icl", lengths="4k,8k", samples=100, long_samples=25)
-    assert plan(few, tokenizer) == [("icl", 4096, 100), ("icl", 8192, 25)]
+    assert plan(few, TOKENIZER) == [("icl", 4096, 100), ("icl", 8192, 25)]
 
 
-def test_bits_per_byte_of_a_model_that_knows_nothing(tokenizer):
+def test_bits_per_byte_of_a_model_that_knows_nothing():
     """Equal logits cost log2(vocabulary) bits per byte of text, at every position."""
-    model = Transformer(preset_config("tiny", tokenizer.vocab_size))
+    model = Transformer(preset_config("tiny", TOKENIZER.vocab_size))
     torch.nn.init.zeros_(model.embed_tokens.weight)
-    rows = evaluation.bits_per_byte(model, tokenizer, 512, 2)
+    rows = evaluation.bits_per_byte(model, TOKENIZER, 512, 2)
     assert [(row["name"], row["from"], row["to"]) for row in rows] == [
         ("0-256", 0, 256), ("256-512", 256, 512), ("last 1/4", 384, 512), ("short", 0, 256)]
     for row in rows:
-        assert row["bits_per_byte"] == pytest.approx(np.log2(tokenizer.vocab_size), rel=1e-2)
-
-
-# --- Command line ---
+        assert row["bits_per_byte"] == pytest.approx(np.log2(TOKENIZER.vocab_size), rel=1e-2)
 
 
 def run_main(monkeypatch, *arguments):

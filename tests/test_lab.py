@@ -85,8 +85,8 @@ def made_up(finding):
     for label, arm in finding.arms.items():
         steps = range(0, arm.steps + 1, arm.every or 1) if finding.along else [arm.steps]
         arms[label] = {"points": {}}
-        for seed in range(3):
-            arms[label]["points"][str(seed)] = [
+        for seed in "012":
+            arms[label]["points"][seed] = [
                 {"step": step} | dict(zip(metrics, rng.random(len(metrics)), strict=True))
                 for step in steps]
     return arms
@@ -245,15 +245,13 @@ def test_a_finding_runs_and_repeats_to_the_last_digit(tmp_path, monkeypatch, cap
     assert "| one seed |" in capsys.readouterr().out
 
 
-def test_a_program_that_fails_says_why(tmp_path):
+def test_what_cannot_be_is_said_at_once(tmp_path):
+    """Also by the program that fails."""
     arms = {"x": lab.Arm("train.py --stage nonsense", 1)}
     finding = replace(run.FINDINGS["rope-base"], arms=arms)
     place = lab.Lab(tmp_path, small_start(tmp_path / "starts"))
     with pytest.raises(RuntimeError, match=r"(?s)train.py --stage nonsense.*'nonsense' is unknown"):
         lab.run_finding(finding, [0], place, "")
-
-
-def test_what_cannot_be_is_said_at_once():
     with pytest.raises(ValueError, match="finding 'rope' is unknown; choose one of rope-base"):
         run.main(["rope"])
     with pytest.raises(ValueError, match="nothing to do"):

@@ -51,16 +51,11 @@ def test_ndcg(ranking, gain):
     assert scores.ndcg(list(ranking), {"a": 3, "b": 2, "c": 2, "d": 0}) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("wins, losses, p", [(0, 0, 1.0), (5, 0, 0.0625), (6, 1, 0.125),
-                                             (10, 2, 0.03857), (3, 3, 1.0)])
-def test_paired_test_is_mcnemars_for_right_or_wrong(wins, losses, p):
-    """The exact binomial, by hand; ties play no part."""
-    differences = [1.0] * wins + [-1.0] * losses + [0.0] * 20
-    assert scores.paired_p_value(differences) == pytest.approx(p, abs=1e-4)
-
-
-def test_paired_test_of_graded_scores():
-    """Random sign flips come near the exact share of all 2^n, and keep to 5%."""
+def test_paired_test():
+    """Right or wrong: the exact binomial, ties apart. Graded: near the share of all sign flips."""
+    for wins, losses, p in ((0, 0, 1), (5, 0, 0.0625), (6, 1, 0.125), (10, 2, 0.03857), (3, 3, 1)):
+        differences = [1.0] * wins + [-1.0] * losses + [0.0] * 20
+        assert scores.paired_p_value(differences) == pytest.approx(p, abs=1e-4)
     d = [0.5, 0.25, -0.1, 0.4, 0.3, 0.2]
     flips = [abs(sum(x if bits >> i & 1 else -x for i, x in enumerate(d))) >= sum(d) - 1e-9
              for bits in range(64)]

@@ -6,19 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_data import TOKENIZER, texts
 
-from data import Document, load_tokenizer
+from data import Document
 from support import toy
 
-TOKENIZER = load_tokenizer()
 property_test = settings(max_examples=60, deadline=None, derandomize=True, database=None)
-
-
-def texts(documents: list[Document]) -> list[str]:
-    """The documents' texts; each must be whole: begin of text first, end of text last."""
-    assert {d.input_ids[0] for d in documents} == {TOKENIZER.bos_id}
-    assert {d.input_ids[-1] for d in documents} == {TOKENIZER.eos_id}
-    return [TOKENIZER.decode(d.input_ids[1:-1]) for d in documents]
 
 
 @property_test
