@@ -1,9 +1,4 @@
-"""Generation changes no number: however a text is read, its logits are those of one full forward
-pass.
-
-    read        in one go, in chunks, token by token; after the text was cut back
-    generate    = the argmax of full forward passes; a conversation = its whole text
-    sampling    follows the model's probabilities, cut at top_p, and repeats with its seed
+"""Generation changes no number: a text's logits are those of one full forward pass.
 
 Logits are compared in float64; tokens in float32, where only a tie could make them differ.
 """
@@ -13,12 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytest import mark, raises
-from test_model import random_model
+from test_model import EXACT, random_model
 
 import model as m
 from model import KVCache, Transformer
-
-EXACT = {"rtol": 0, "atol": 1e-11}  # float64, values up to 160, summed in another order
 
 
 def random_ids(n: int, seed=0) -> list[int]:
@@ -64,8 +57,8 @@ def test_questions_about_one_context(lengths, chunk, last):
         assert cache.length == len(context) + length
         cache.length = len(context)
     more = random_ids(3, 9)  # the context may go on instead
-    torch.testing.assert_close(m.read(model, more, cache), full_logits(model, context + more)[-1:],
-                               **EXACT)
+    expected = full_logits(model, context + more)[-1:]
+    torch.testing.assert_close(m.read(model, more, cache), expected, **EXACT)
 
 
 def test_cutting_back_forgets_what_was_pending():
@@ -75,8 +68,8 @@ def test_cutting_back_forgets_what_was_pending():
     for seed in range(3):
         question = random_ids(5, seed)
         answer = m.generate(model, question, 6, cache=cache)
-        assert answer == write_plainly(model, context + question,
-                                       6) and cache.pending == answer[-1:]
+        assert answer == write_plainly(model, context + question, 6)
+        assert cache.pending == answer[-1:]
         cache.length = len(context)
         assert cache.pending == []
 
@@ -93,9 +86,7 @@ def test_a_stop_token_is_the_last_one():
 
 @mark.parametrize("leave_early", [False, True])
 def test_a_conversation_goes_on(leave_early):
-    """With a cache only new tokens are given; what was written last is read first. Also if the
-    reader stops listening in the middle of an answer.
-    """
+    """Only new tokens are given, and what was written last is read first; also if cut short."""
     model, cache, text = random_model(torch.float32), KVCache(), []
     for turn in range(3):
         new = random_ids(4 + turn, turn)

@@ -19,22 +19,25 @@ FILES = [ROOT / f"{name}.py" for name in ORDER]
 SUPPORT = sorted((ROOT / "support").glob("*.py"))
 
 
-def imported(path: Path) -> set[str]:
-    """Top-level names of all modules that a file imports, wherever in the file."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def imported(path: Path, at_once: bool = False) -> set[str]:
+    """Packages that a file imports, wherever in the file; or only those at its top level."""
+    names, tree = set(), ast.parse(path.read_text())
+    for node in tree.body if at_once else ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add((node.module or "").partition(".")[0])
+            names.add("support" if node.level else node.module.partition(".")[0])
     return names
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_imports_point_one_way(path):
+def test_imports_point_one_way_and_functions_fit_on_a_screen(path):
     """data and model import none of the five; the others only what stands to their left."""
     allowed = set() if path.stem in ("data", "model") else set(ORDER[:ORDER.index(path.stem)])
     assert imported(path) & set(ORDER) <= allowed
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno - node.lineno + 1 < LONG.get(node.name, 60), node.name
 
 
 @pytest.mark.parametrize("path", SUPPORT, ids=lambda path: path.stem)
@@ -44,8 +47,7 @@ def test_support_is_a_leaf(path):
     assert len(path.read_text().splitlines()) <= 350
 
 
-# Lines, explanation included.
-BUDGETS = {"data": 700, "model": 900, "eval": 600, "train": 750, "sft": 360}
+BUDGETS = {"data": 700, "model": 900, "eval": 600, "train": 750, "sft": 360}  # lines
 LONG = {"train_step": 90, "main": 90}  # functions that may be longer than 60 lines
 
 
@@ -65,25 +67,14 @@ def test_the_five_files_are_an_afternoon():
         assert max(map(len, path.read_text().splitlines()), default=0) <= 100, path
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_no_function_is_long(path):
-    """A function fits on a screen."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            assert node.end_lineno - node.lineno + 1 < LONG.get(node.name, 60), node.name
-
-
-def test_training_on_packed_data_needs_five_packages():
-    """Everything else (datasets, matplotlib, ...) is imported inside the function that uses it."""
+def test_training_on_packed_data_needs_five_packages_and_no_pickle():
+    """Others are imported where they are used; nothing that could run code is ever read."""
     for path in [*FILES, *SUPPORT]:
-        top = ast.parse(path.read_text())
-        top.body = [node for node in top.body if isinstance(node, ast.Import | ast.ImportFrom)]
-        names = {alias.name.partition(".")[0] for node in top.body if isinstance(node, ast.Import)
-                 for alias in node.names}
-        names |= {(node.module or "").partition(".")[0] for node in top.body
-                  if isinstance(node, ast.ImportFrom) and not node.level}
-        others = names - set(sys.stdlib_module_names) - {*ORDER, "support"}
+        others = imported(path, True) - set(sys.stdlib_module_names) - {*ORDER, "support"}
         assert others <= {"torch", "numpy", "tiktoken", "safetensors", "tqdm"}, path
+        assert not {"pickle", "shelve", "dill", "joblib"} & imported(path)
+        for name in ("torch.load", "torch.save", "allow_pickle=True"):
+            assert name not in path.read_text(), path
 
 
 def test_importing_does_nothing():
@@ -104,11 +95,3 @@ def test_every_option_is_read(module, config):
     source = "".join(Path(file).read_text() for file in files)
     for field in dataclasses.fields(config):
         assert f"config.{field.name}" in source, field.name
-
-
-def test_no_pickle():
-    """Weights and state are safetensors and JSON; nothing that could run code is ever read."""
-    for path in [*FILES, *SUPPORT]:
-        assert not {"pickle", "shelve", "dill", "joblib"} & imported(path)
-        assert "torch.load" not in path.read_text() and "torch.save" not in path.read_text()
-        assert "allow_pickle=True" not in path.read_text()

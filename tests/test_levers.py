@@ -1,8 +1,4 @@
-"""What is traded for memory (MemoryOptions) changes no number, and saves what it says.
-
-Gradients are compared in float64, to 1e-12 of their norm. Memory is counted, not timed: the peak of
-all live tensors while one forward and backward run.
-"""
+"""What is traded for memory (MemoryOptions) changes no number, and saves what it says."""
 
 import pytest
 import torch
@@ -39,6 +35,7 @@ def loss_and_gradients(options, labels_kept=slice(None), compiled=False):
 
 
 def assert_same(found, wanted):
+    """To 1e-12 of each gradient's norm."""
     assert found[0] == pytest.approx(wanted[0], rel=1e-12)
     for name, gradient in wanted[1].items():
         assert (found[1][name] - gradient).norm() <= 1e-12 * gradient.norm(), name
@@ -75,8 +72,7 @@ def test_other_document_lengths_compile_nothing_anew():
     model = Transformer(CONFIG).init_weights(0)
     model.compile_blocks()
     compiled = []
-    # the last has more tokens, too
-    for doc_lens in (DOC_LENS, (40, 23), (1,) * 63, (63,), (64, 64)):
+    for doc_lens in (DOC_LENS, (40, 23), (1,) * 63, (63,), (64, 64)):  # the last: more tokens, too
         ids = torch.zeros(sum(doc_lens), dtype=torch.long)
         model.loss(ids, ids, doc_lens)[0].backward()
         compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
@@ -99,7 +95,7 @@ def test_offloading_keeps_block_inputs_alone(monkeypatch):
 
 
 def peak_mib(options, tokens=4096):
-    """Peak of live tensors in a forward and backward, without weights and their gradients."""
+    """Peak of live tensors, counted, in a forward and backward, without weights and gradients."""
     config = ModelConfig(vocab_size=4096, dim=64, n_layers=8, n_heads=4, n_kv_heads=2, head_dim=16,
                          ffn_dim=1024, max_seq_len=tokens)
     model = Transformer(config).init_weights(0)
@@ -118,8 +114,6 @@ def test_each_option_saves_memory():
     chunked = peak_mib(MemoryOptions(loss_chunk_tokens=256))
     recomputed = peak_mib(MemoryOptions(256, "recompute"))
     tiled = peak_mib(MemoryOptions(256, "recompute", 512))
-    print(f"\n{plain:.0f}; loss in chunks {chunked:.0f}; recompute {recomputed:.0f}; "
-          f"tiles {tiled:.0f} MiB")
     assert plain - chunked > 128 and recomputed < chunked / 4 and tiled < recomputed / 2
 
 

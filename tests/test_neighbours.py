@@ -1,15 +1,6 @@
-"""experiments/neighbours.py: a transform moves tokens; it makes or loses none that it doesn't name.
+"""experiments/neighbours.py: a transform moves tokens; it loses none, and makes those it names."""
 
-    knots            untied by their names, the documents come back token for token, in order
-    decomposition    pieces are the document, sizes are powers of two; short batches come first
-    positions        one jump a document, none beyond the target; all else as it was
-    averages         the gradient of LongAlign's formula, written down naively, in float64
-    packs            train.py draws a pack in the order in which it was made
-"""
-
-import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,13 +9,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
-
-import neighbours
-
 import data
 import model
 from data import Document, Mixture, PackedDataset, PackReport
+from experiments import neighbours
 from support import toy
 
 TOKENIZER = data.load_tokenizer()
@@ -59,9 +47,8 @@ def test_a_knot_holds_its_documents(lengths, seed):
 
 def test_a_knot_names_its_chunks_in_order():
     """Where a document ends, the names of its chunks stand in their order, and they are trained."""
-    rng = np.random.default_rng(1)
     document = Document(np.full(100, 200, np.uint32))
-    tied = neighbours.knot([document], TOKENIZER, rng)
+    tied = neighbours.knot([document], TOKENIZER, np.random.default_rng(1))
     ids = tied.input_ids.tolist()
     heads = [i for i, token in enumerate(ids) if token == HEAD]
     names = [token for i in heads for token in ids[i + 1:i + 3]]
@@ -90,8 +77,7 @@ def test_knots_fill_the_length_and_hold_one_that_asks():
     for _ in range(20):
         tied = next(made)
         assert len(tied) == 256 and (tied.input_ids == 300).sum() == 10  # nothing of it is lost
-    # recall of 512 tokens, after 128s and 256s
-    sequence = neighbours.make_knots(TOKENIZER, 2048, 7, 0)[6]
+    sequence = neighbours.make_knots(TOKENIZER, 2048, 7, 0)[6]  # recall of 512, after 128s and 256s
     questions = sequence.input_ids == toy.QUESTION
     assert questions.sum() == 16 and 4 * 16 <= sequence.loss_mask.sum() <= 4 * 16 + 2 * 4
     assert not sequence.loss_mask[questions].any()
@@ -111,8 +97,7 @@ def test_decomposed_pieces_are_the_document(n, k):
 
 def test_curriculum_goes_from_short_to_long():
     rng = np.random.default_rng(0)
-    # 60 sequences of each
-    lengths = [size for size in (4, 8, 16, 32, 64) for _ in range(3840 // size)]
+    lengths = [size for size in (4, 8, 16, 32, 64) for _ in range(3840 // size)]  # 60 packs of each
     documents = documents_of(rng, rng.permutation([n + int(rng.integers(4)) for n in lengths]))
     order = neighbours.length_curriculum(documents, 64, 4, 2, np.random.default_rng(1))
     sizes = [s.doc_lens[0] for s in order]

@@ -1,13 +1,11 @@
 """Many ranks compute what one rank computes: losses, gradients, steps, checkpoints and refusals.
 
 The reference is one process without FSDP and with attention's mask written out. It sees the whole
-batch; the ranks see it dealt over a grid (dp, sp). Both use float64, so that agreement means 1e-12
-and no mistake of one token, one head or one factor can hide behind rounding.
+batch; the ranks see it dealt over a grid (dp, sp). In float64 agreement means 1e-12.
 
-A world of P ranks is spawned once (torch.multiprocessing, gloo, a FileStore: no ports), works
-through all of its checks and leaves what it measured in one small JSON file per rank. The tests
-only read those, so a failure names its world, grid, pack and parameter. Worlds run in the order 2,
-4, 1, 8, because each reads a checkpoint of one before it. P = 8 is marked slow.
+A world of P ranks is spawned once, works through its checks and leaves what it measured in a JSON
+file per rank, which the tests read. Worlds run in the order 2, 4, 1, 8: each reads a checkpoint of
+one before it. P = 8 is marked slow.
 """
 
 from __future__ import annotations
@@ -18,7 +16,8 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -31,6 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
+from test_train import read_log
 from torch import Tensor
 
 import model as llama
@@ -86,8 +86,7 @@ def grid_cases(world: int) -> list[tuple[str, str]]:
 
 
 def make_model(heads: tuple[int, int] = (8, 2), tied: bool = False,
-               dtype: torch.dtype = torch.float64,
-               backend: str = "auto") -> Transformer:
+               dtype: torch.dtype = torch.float64, backend: str = "auto") -> Transformer:
     """A small Llama with weights large enough for attention to choose, and gains that differ."""
     config = ModelConfig(VOCAB, DIM, n_layers=2, n_heads=heads[0], n_kv_heads=heads[1], head_dim=4,
                          ffn_dim=14, max_seq_len=S, tie_embeddings=tied)
@@ -122,7 +121,6 @@ def deal(sequences: list[PackedSequence], parallel: Parallel, per_batch: int = 1
 
 
 # --- 2. One process, and how the ranks are compared with it ---------------------------------------
-
 
 def reference_step(case: Case, sequences: list[PackedSequence]) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of the step on one process: no FSDP, no ranks, the mask written out."""
@@ -173,7 +171,6 @@ def compare_with_reference(case: Case, parallel: Parallel, per_batch: int = 1) -
 
 # --- 3. The checks that need ranks ----------------------------------------------------------------
 
-
 def random_qkv(heads: int, kv_heads: int, tokens: int = S) -> list[Tensor]:
     """The same q, k and v on all ranks: (tokens, H, D), 2 x (tokens, H_kv, D)."""
     generator = torch.Generator().manual_seed(1)
@@ -198,52 +195,53 @@ def check_tempting_rule(parallel: Parallel) -> dict[str, float | bool]:
             "wrong": difference(wrong, right), "ours": difference(ours, right)}
 
 
-class Counter:
-    """Counts the bytes that all_to_all_single sends to *other* ranks, call by call."""
+@contextmanager
+def counting(parallel: Parallel) -> Iterator[list[int]]:
+    """Count the bytes that all_to_all_single sends to *other* ranks, call by call."""
+    real, calls = dist.all_to_all_single, []
 
-    def __init__(self, parallel: Parallel) -> None:
-        self.parallel, self.calls = parallel, []
-        self.patch = mock.patch.object(dist, "all_to_all_single", self)
-        self.real = dist.all_to_all_single
+    def counted(output: Tensor, input: Tensor, *args, **kwargs):
+        parts = input.chunk(parallel.sp_size)
+        calls.append(sum(part.numel() * part.element_size() for rank, part in enumerate(parts)
+                         if rank != parallel.sp_rank))
+        return real(output, input, *args, **kwargs)
 
-    def __call__(self, output: Tensor, input: Tensor, *args, **kwargs):
-        parts = input.chunk(self.parallel.sp_size)
-        self.calls.append(sum(part.numel() * part.element_size() for rank, part in enumerate(parts)
-                              if rank != self.parallel.sp_rank))
-        return self.real(output, input, *args, **kwargs)
+    with mock.patch.object(dist, "all_to_all_single", counted):
+        yield calls
 
 
 def count_exchanged(parallel: Parallel, heads: int, kv_heads: int) -> list[int]:
     """Bytes that one layer's attention sends to other ranks: [forward, backward]."""
-    counter = Counter(parallel)
-    share = S // parallel.sp_size
+    share, ends = S // parallel.sp_size, torch.tensor([0, S], dtype=torch.int32)
     q, k, v = (x[:share].requires_grad_() for x in random_qkv(heads, kv_heads))
-    with counter.patch:
-        ends = torch.tensor([0, S], dtype=torch.int32)
+    with counting(parallel) as calls:
         out = llama.ulysses_attention(q, k, v, ends, S, parallel.sp_group)
-        forward = sum(counter.calls)
+        forward = sum(calls)
         out.sum().backward()
-    return [forward, sum(counter.calls) - forward]
+    return [forward, sum(calls) - forward]
 
 
 def count_model_exchanges(parallel: Parallel, pack: str) -> int:
     """How often a whole forward pass exchanges."""
-    counter = Counter(parallel)
     (batch,) = deal(make_sequences((pack,), parallel.dp_size), parallel)
     model = train.shard_model(make_model(), parallel, torch.float64)
     input_ids, labels = batch.shard(parallel.sp_rank, parallel.sp_size)
-    with counter.patch, torch.no_grad():
+    with counting(parallel) as calls, torch.no_grad():
         model.loss(input_ids, labels, batch.doc_lens, parallel)
-    return len(counter.calls)
+    return len(calls)
 
 
-def message_of(call: Callable[[], object]) -> str:
-    """The message of the ValueError that `call` must raise."""
-    try:
-        call()
-    except ValueError as error:
-        return str(error)
-    raise AssertionError("no ValueError was raised")
+def message_of(call: Callable[..., object], *args: object) -> str:
+    """The message of the ValueError that the call must raise."""
+    with pytest.raises(ValueError) as error:
+        call(*args)
+    return str(error.value)
+
+
+def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    """The names that only one has, or whose bits differ."""
+    return [name for name in one.keys() | other.keys() if name not in one or name not in other
+            or not torch.equal(one[name], other[name])]
 
 
 def whole_state(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -289,9 +287,7 @@ def check_checkpoint(written_by: str, parallel: Parallel, folder: Path) -> dict[
     state = train.load_checkpoint(folder / f"checkpoint-{written_by}", model, optimizer)
     whole = whole_state(model, optimizer)
     originals = load_file(folder / f"ten-{written_by}-float64.safetensors")
-    differ = [name for name in originals.keys() | whole.keys()
-              if name not in originals or name not in whole
-              or not torch.equal(whole[name], originals[name])]
+    differ = differing(whole, originals)
     next_step = take_steps(model, optimizer, parallel, first=10, n=1)
     theirs = load_file(folder / f"eleven-{written_by}.safetensors")
     return {"differ": differ, "tensors": len(originals), "step": state["step"],
@@ -316,9 +312,6 @@ def check_divergence(poison: str, parallel: Parallel) -> dict[str, object]:
             return str(error)
         return ""
 
-    def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-        return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-
     model, optimizer = start()
     before = whole_state(model, optimizer)
     real, calls = model.loss, []
@@ -335,11 +328,11 @@ def check_divergence(poison: str, parallel: Parallel) -> dict[str, object]:
 
     with mock.patch.object(model, "loss", poisoned):
         message = step(model, optimizer)
-    found = {"message": message, "untouched": same(before, whole_state(model, optimizer)),
+    found = {"message": message, "untouched": not differing(before, whole_state(model, optimizer)),
              "cleared": all(weight.grad is None for weight in model.parameters())}
     clean = start()
     found["messages_after"] = step(model, optimizer) + step(*clean)
-    found["recovered"] = same(whole_state(model, optimizer), whole_state(*clean))
+    found["recovered"] = not differing(whole_state(model, optimizer), whole_state(*clean))
     return found
 
 
@@ -372,7 +365,7 @@ def spawn_world(worker: Callable[[int, int, Path], None], world: int, folder: Pa
 def worker(rank: int, world: int, folder: Path) -> None:
     """One rank: all checks of its world, then its JSON file."""
     join_world(rank, world, folder)
-    found: dict[str, object] = {"init_error": message_of(lambda: llama.init_parallel(world + 1))}
+    found: dict[str, object] = {"init_error": message_of(llama.init_parallel, world + 1)}
     for dp, sp in GRIDS[world]:
         parallel, grid = llama.init_parallel(sp), f"{dp}x{sp}"
         for name in (name for g, name in grid_cases(world) if g == grid):
@@ -392,8 +385,9 @@ def worker(rank: int, world: int, folder: Path) -> None:
                               for h, kv in EXCHANGED_HEADS
                               if world in llama.valid_seq_parallel_sizes(h, kv)}
         found["exchanges"] = {pack: count_model_exchanges(parallel, pack) for pack in PACKS}
-        found["heads_error"] = message_of(lambda: llama.ulysses_attention(
-            *random_qkv(9, 3, 4), torch.tensor([0, 4 * world]), 4 * world, parallel.sp_group))
+        found["heads_error"] = message_of(
+            llama.ulysses_attention, *random_qkv(9, 3, 4), torch.tensor([0, 4 * world]), 4 * world,
+            parallel.sp_group)
     (folder / f"found-{world}-{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
@@ -422,7 +416,6 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict
 
 
 # --- 5. The tests ---------------------------------------------------------------------------------
-
 
 def slow_if(world: int) -> list[pytest.MarkDecorator]:
     """Eight processes are too many for the everyday run."""
@@ -477,7 +470,6 @@ def test_ten_steps_are_those_of_one_rank(found, grid):
                      for g in ("1x1", grid))
         worst = {name: float((one[name] - many[name]).abs().max())
                  for name in one if "/weight" in name}
-        print(f"{grid} {dtype}: largest difference after ten steps {max(worst.values()):.1e}")
         assert one.keys() == many.keys()
         assert not too_large(worst, tolerance)
         moved = one["embed_tokens.weight/weight"] - make_model(tied=True).embed_tokens.weight
@@ -524,8 +516,7 @@ def test_refusals_name_what_would_work(found, world):
 def test_checkpoints_move_between_rank_counts(found, world, writer):
     """Weights and moments come back bit for bit on other ranks, and training goes on."""
     results = [rank["checkpoints"][writer] for rank in found(world)]
-    # Of four ranks, the last has no row of a gain.
-    assert (0 if world > 2 else DIM) in results[-1]["parts"]
+    assert (0 if world > 2 else DIM) in results[-1]["parts"]  # of four, the last has no gain's row
     for result in results:
         assert (result["differ"], result["step"]) == ([], 10)
         assert result["tensors"] == 4 * 20  # weight, exp_avg, exp_avg_sq and step of each parameter
@@ -566,8 +557,6 @@ def test_two_nodes_train_as_one_process(tmp_path):
     assert [each.wait(timeout=120) for each in nodes] == [0, 0]
     subprocess.run([sys.executable, *run, "--out", str(tmp_path / "one")], check=True,
                    stdout=subprocess.DEVNULL)
-    one, two = ([json.loads(line) for line in
-                 (tmp_path / name / "log.jsonl").read_text().splitlines()]
-                for name in ("one", "two"))
+    one, two = (read_log(tmp_path / name) for name in ("one", "two"))
     assert [e["loss"] for e in two] == pytest.approx([e["loss"] for e in one], rel=1e-9)
     assert any(e["sp_exchanged"] for e in two) and len(two) == 2

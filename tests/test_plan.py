@@ -1,17 +1,13 @@
 """The plan's arithmetic against counted memory: rank 0 of N, simulated with shapes only."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
 import data
 import train
+from experiments import simulate_ranks
 from model import MemoryOptions, preset_config
 
-sys.path.insert(0, str(Path(train.__file__).parent / "experiments"))
-import simulate_ranks
-
+SHAPE = preset_config("llama3-8b", 295)
 PLAN = ["--plan", "--world-size", "8", "--model", "llama3-8b", "--seq", "512k"]
 CASES = {  # Llama-3-8B's widths with two layers, so that a case takes a second or two
     "recompute": {"activations": "recompute"},
@@ -35,7 +31,6 @@ def test_llama3_8b_at_512k_runs_as_shapes():
     """All 32 layers, one document over eight ranks: rank 0 holds what the plan says."""
     found = simulate_ranks.simulate(simulate_ranks.SimulateConfig(fake_tensors=True))
     planned = sum(found["plan"].values())
-    print(f"{found['peak_bytes'] / 2**30:.1f} GiB counted, {planned / 2**30:.1f} planned")
     assert planned == pytest.approx(found["peak_bytes"], rel=0.15)
     assert found["peak_bytes"] < 80e9
 
@@ -46,13 +41,11 @@ def test_plan_prints_what_fits(capsys):
     printed = capsys.readouterr().out
     assert "it fits" in printed and "recompute blocks   " in printed
     train.print_plan(data.parse_cli(train.TrainConfig, None, [*PLAN, "--loss-chunk-tokens", "0"]))
-    printed = capsys.readouterr().out
-    assert "it does not fit; what would: recompute blocks" in printed
+    assert "it does not fit; what would: recompute blocks" in capsys.readouterr().out
 
 
 def test_each_memory_option_needs_less():
-    shape = preset_config("llama3-8b", 295)
-    sizes = [sum(train.memory_per_rank(shape, options, 65_536, 8).values())
+    sizes = [sum(train.memory_per_rank(SHAPE, options, 65_536, 8).values())
              for options in train.MEMORY_OPTIONS]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)
 
@@ -60,8 +53,7 @@ def test_each_memory_option_needs_less():
 @pytest.mark.parametrize(("memory_gib", "activations"),
                          [(1000, "keep"), (80, "recompute"), (20, "recompute")])
 def test_auto_takes_the_fastest_that_fits(memory_gib, activations):
-    shape = preset_config("llama3-8b", 295)
-    options, why = train.memory_options_for(train.TrainConfig(), shape, 65_536, 8, 2,
+    options, why = train.memory_options_for(train.TrainConfig(), SHAPE, 65_536, 8, 2,
                                             memory_gib * 2**30, "cpu")
     assert options.activations == activations and ("may not fit" in why) == (memory_gib == 20)
 

@@ -38,9 +38,6 @@ def flat(text: str) -> str:
     return re.sub(r"\s+", " ", text)  # so that it does not matter where the text is wrapped
 
 
-# --- Commands ---
-
-
 def commands_of(text: str) -> list[str]:
     """Commands in indented lines, and `in a line of text`, which may be wrapped."""
     blocks = re.findall(r"^    ((?:torchrun|python3?) .*)$", text, re.M)
@@ -64,10 +61,12 @@ def python_part(command: str) -> list[str]:
     return words[next(i for i, word in enumerate(words) if word.endswith(".py")):]
 
 
-def test_there_are_exactly_two_setup_commands():
+def test_the_readme_is_short_and_so_is_the_way_to_start():
     """One line runs the main job, one the tests."""
     job, tests = SETUP
     assert job.endswith("train.py") and tests.endswith("pytest")
+    lines = TEXTS["README.md"].splitlines()
+    assert len(lines) <= 260 and max(map(len, lines)) <= 110
 
 
 SMALLER = {  # what makes a command of "Use it" short; all else stays as it is written
@@ -160,13 +159,7 @@ def test_tests_that_are_named_exist(command):
     assert all(any(word in name for name in names) for word in re.split(" (?:or|and|not) ", chosen))
 
 
-# --- Length, links, figures and questions ---
-
-
-def test_the_readme_is_short():
-    lines = TEXTS["README.md"].splitlines()
-    assert len(lines) <= 260 and max(map(len, lines)) <= 110
-
+# --- Links, figures and questions ---
 
 @pytest.mark.parametrize("page", PAGES)
 def test_figures_and_links_lead_somewhere(page):
@@ -186,10 +179,10 @@ def test_figures_and_links_lead_somewhere(page):
 
 def test_each_of_the_twenty_questions_has_its_answer():
     """Spread over all five files, and answered with a function in that file."""
-    questions = section("Find it yourself", "docs/EXERCISES.md")
+    questions, answers = (section(name, "docs/EXERCISES.md")
+                          for name in ("Find it yourself", "Answers"))
     numbers = re.findall(r"^(\d+)\. ", questions, re.M)
-    answer = r"^(\d+)\. \[`\w+`\]\(\.\./(\w+\.py)\)"
-    answers = re.findall(answer, section("Answers", "docs/EXERCISES.md"), re.M)
+    answers = re.findall(r"^(\d+)\. \[`\w+`\]\(\.\./(\w+\.py)\)", answers, re.M)
     assert numbers == [number for number, _ in answers] == [str(n) for n in range(1, 21)]
     files = [f"{name}.py" for name in ("data", "model", "eval", "train", "sft") for _ in range(4)]
     assert [file for _, file in answers] == files

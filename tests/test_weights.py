@@ -1,14 +1,11 @@
 """Weights in and out: a folder is Hugging Face's in both directions, or it is refused by name.
 
-The other side is transformers itself: for every family and every way of stretching RoPE it writes a
-small random checkpoint, and its logits are ours; it loads what we write without a warning, and they
-are ours again. Weights are large enough for attention to choose, so that a wrong angle, bias or
-norm shows at once.
+The other side is transformers itself: it writes a small random checkpoint for every family and
+scaling, and loads what we write. Weights are large, so that a wrong angle, bias or norm shows.
 """
 
 import json
 import logging
-import os
 import sys
 import warnings
 from dataclasses import replace
@@ -16,9 +13,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from test_model import LLAMA3, YARN, one_thread, random_ids, random_model, tiny_config  # noqa: F401
+from test_parallel import join_world, spawn_world
+from test_train import leave_no_process_group  # noqa: F401
 
 import data
 import model as m
@@ -38,12 +36,9 @@ SCALINGS = {
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": CONTEXT},
     "llama3": {**LLAMA3, "original_max_position_embeddings": CONTEXT},
 }
-ARCHITECTURES = {  # our name, and what else its config.json says
-    "llama": {},
-    "mistral": {"sliding_window": None},
-    "qwen2": {},
-    "qwen3": {"head_dim": 16},
-}
+# Our name, and what else its config.json says.
+ARCHITECTURES = {"llama": {}, "mistral": {"sliding_window": None}, "qwen2": {},
+                 "qwen3": {"head_dim": 16}}
 CLOSE = {"rtol": 0, "atol": 1e-4}  # float32 through two layers, logits of up to 7: 1.2e-5 seen
 
 
@@ -93,10 +88,7 @@ def assert_same_logits(ours, theirs, lengths):
 @pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_family_there_and_back(transformers, tmp_path, caplog, family, scaling):
-    """Their folder gives us their logits: for one token, some, and beyond the trained context. A
-    pack gives those of its documents. Our folder loads there without a warning, the same bits and
-    the same logits.
-    """
+    """Logits of texts and packs are theirs; our folder loads there without warning, to the bit."""
     context = 4 * CONTEXT if scaling == "llama3" else CONTEXT  # as in the released models
     theirs = their_model(transformers, family, scaling, tie_word_embeddings=family == "qwen3",
                          max_position_embeddings=context)
@@ -151,7 +143,6 @@ def test_shards_and_dtypes_of_hugging_face(transformers, tmp_path, dtype):
 
 # --- 2. There and back in our own hands -----------------------------------------------------------
 
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tie", [False, True])
 @pytest.mark.parametrize("family", ARCHITECTURES)
@@ -162,10 +153,10 @@ def test_save_and_load_keep_every_bit(tmp_path, family, tie, dtype):
     m.save_pretrained(model, tmp_path / "model")
     loaded = m.load_pretrained(tmp_path / "model")
     assert loaded.config == model.config
-    assert loaded.state_dict().keys() == model.state_dict().keys()
+    found = loaded.state_dict()
+    assert found.keys() == model.state_dict().keys()
     for name, weight in model.state_dict().items():
-        assert loaded.state_dict()[name].dtype == dtype
-        assert torch.equal(loaded.state_dict()[name], weight)
+        assert found[name].dtype == dtype and torch.equal(found[name], weight)
     assert ("lm_head.weight" in load_file(tmp_path / "model" / "model.safetensors")) is not tie
     assert (loaded.lm_head.weight is loaded.embed_tokens.weight) is tie
     wide = m.load_pretrained(tmp_path / "model", dtype=torch.float64)
@@ -173,9 +164,7 @@ def test_save_and_load_keep_every_bit(tmp_path, family, tie, dtype):
 
 
 def test_what_lies_beside_the_weights_comes_along(folder, tmp_path):
-    """Tokenizer and generation settings pass through byte by byte; other files, code too, stay
-    behind.
-    """
+    """Tokenizer and generation settings pass through byte by byte; other files stay behind."""
     (folder / "tokenizer.json").write_bytes(b"\xff not ours to read")
     (folder / "generation_config.json").write_text('{"eos_token_id": [5, 6], "temperature": 0.6}')
     (folder / "modeling_evil.py").touch()
@@ -187,12 +176,9 @@ def test_what_lies_beside_the_weights_comes_along(folder, tmp_path):
 
 
 def test_a_checkpoint_of_training_is_complete(transformers, tmp_path, caplog):
-    """Weights, configuration, tokenizer, and how texts begin and end: loaded there without a
-    warning, and what was started from that folder hands it on.
-    """
+    """Weights, tokenizer, and how texts begin and end; a run from that folder hands it all on."""
     options = {"stage": "base", "steps": 1, "mix": "icl-256=1", "eval": False}
     first = train.train(train.TrainConfig(out=str(tmp_path / "first"), **options))
-    dist.destroy_process_group()
     folder = first / "checkpoints" / "base-1"
     theirs, tokenizer = their_load(transformers, folder, caplog), data.load_tokenizer("bytes")
     assert_same_logits(m.load_pretrained(folder), theirs, (1, 17, 256))
@@ -203,7 +189,6 @@ def test_a_checkpoint_of_training_is_complete(transformers, tmp_path, caplog):
     assert (settings.bos_token_id, settings.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
     again = train.TrainConfig(out=str(tmp_path / "second"), init=str(folder), **options)
     second = train.train(again)
-    dist.destroy_process_group()
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         passed_on = second / "checkpoints" / "base-1" / name
         assert passed_on.read_bytes() == (folder / name).read_bytes()
@@ -242,13 +227,9 @@ def test_info_and_export(folder, tmp_path, capsys, monkeypatch):
 
 # --- 3. Many ranks --------------------------------------------------------------------------------
 
-
 def rank_reads_and_writes(rank, world, folder):
-    """What each rank does: read its own rows, look at how much that was, and write the whole again.
-    """
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
-    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), world), rank=rank,
-                            world_size=world)
+    """A rank reads its own rows, looks at how much that was, and writes the whole again."""
+    join_world(rank, world, folder)
     parallel = m.init_parallel(2)
     model = train.shard_model(m.empty_pretrained(folder / "model"), parallel, torch.float32)
     m.load_weights(model, folder / "model")
@@ -263,19 +244,16 @@ def rank_reads_and_writes(rank, world, folder):
     m.write_model(model, folder / "again", main=rank == 0)
     found = {"same": same, "rows": sum(r.stop - r.start for r in rows.values()),
              "logits": logits.tolist()}
-    (folder / f"{rank}.json").write_text(json.dumps(found))
+    (folder / f"found-{world}-{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
 
 
 def test_each_rank_reads_its_rows_and_all_write_the_whole(tmp_path):
-    """Four ranks and tables of 97 and 6 rows, 25 25 25 22 and 2 2 2 0: every rank has its own, to
-    the bit; together they have the logits of one process, and write the same tensors.
-    """
+    """97 and 6 rows over four ranks, 25 25 25 22 and 2 2 2 0: bits, logits, and what is written."""
     model = random_model(torch.float32, tie_embeddings=True, family="qwen3", head_dim=6)
     m.save_pretrained(model, tmp_path / "model")
-    mp.spawn(rank_reads_and_writes, args=(4, tmp_path), nprocs=4)
-    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
+    ranks = spawn_world(rank_reads_and_writes, 4, tmp_path)
     assert all(rank["same"] for rank in ranks)
     rows = sum(weight.shape[0] for weight in model.parameters())
     assert sum(rank["rows"] for rank in ranks) == rows
@@ -287,12 +265,11 @@ def test_each_rank_reads_its_rows_and_all_write_the_whole(tmp_path):
         torch.testing.assert_close(found, expected, **CLOSE)
     again = m.load_pretrained(tmp_path / "again")
     assert again.config == model.config
-    pairs = zip(again.parameters(), model.parameters(), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
+    for a, b in zip(again.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 # --- 4. Folders that are wrong --------------------------------------------------------------------
-
 
 @pytest.fixture
 def folder(tmp_path):
@@ -301,29 +278,29 @@ def folder(tmp_path):
     return tmp_path / "model"
 
 
+def changed(entries, changes):
+    """Entries after changes; None removes one."""
+    return {key: value for key, value in {**entries, **changes}.items() if value is not None}
+
+
 def edit_config(folder, **changes):
-    """Change entries of config.json; None removes one."""
-    entry = {**json.loads((folder / "config.json").read_text()), **changes}
-    entry = {key: value for key, value in entry.items() if value is not None}
-    (folder / "config.json").write_text(json.dumps(entry))
+    entries = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(changed(entries, changes)))
 
 
 def edit_weights(folder, **changes):
-    """Change tensors; None removes one."""
-    tensors = {**load_file(folder / "model.safetensors"), **changes}
-    tensors = {key: value for key, value in tensors.items() if value is not None}
-    save_file(tensors, folder / "model.safetensors")
+    save_file(changed(load_file(folder / "model.safetensors"), changes),
+              folder / "model.safetensors")
 
 
 def test_both_layouts_of_a_hugging_face_config(folder):
     """theta and scaling side by side, or (newer) together in `rope_parameters`."""
     scaled = replace(m.read_config(folder), rope_theta=8e6, rope_scaling=LLAMA3)
-    edit_config(folder, rope_theta=8e6, rope_scaling=LLAMA3)
-    assert m.read_config(folder) == scaled
-    edit_config(folder, rope_parameters={**LLAMA3, "rope_theta": 8e6})  # both, and they agree
-    assert m.read_config(folder) == scaled
-    edit_config(folder, rope_theta=None, rope_scaling=None)
-    assert m.read_config(folder) == scaled
+    for changes in ({"rope_theta": 8e6, "rope_scaling": LLAMA3},
+                    {"rope_parameters": {**LLAMA3, "rope_theta": 8e6}},  # both, and they agree
+                    {"rope_theta": None, "rope_scaling": None}):
+        edit_config(folder, **changes)
+        assert m.read_config(folder) == scaled
     edit_config(folder, rope_parameters={"rope_type": "default", "rope_theta": 8e6})
     assert m.read_config(folder) == replace(scaled, rope_scaling=None)
     edit_config(folder, rope_parameters={"type": "linear", "factor": 4.0, "rope_theta": 8e6})
@@ -344,9 +321,8 @@ def test_what_a_config_leaves_out(folder):
     edit_config(folder, head_dim=None, num_key_value_heads=None, rms_norm_eps=None)
     config = m.read_config(folder)
     assert (config.head_dim, config.n_kv_heads, config.norm_eps) == (8, 4, 1e-6)
-    entry = json.loads((folder / "config.json").read_text())
-    entry |= {"head_dim": None, "num_key_value_heads": None}
-    (folder / "config.json").write_text(json.dumps(entry))
+    null = json.loads((folder / "config.json").read_text()) | {"head_dim": None}
+    (folder / "config.json").write_text(json.dumps({**null, "num_key_value_heads": None}))
     assert m.read_config(folder) == config
     edit_config(folder, model_type="qwen3", attention_bias=None)
     assert m.read_config(folder).head_dim == 128
@@ -371,15 +347,14 @@ def test_a_sliding_window_is_refused_if_it_is_used(folder, family, entries, wind
 
 
 NORM = "model.norm.weight"
-SPOILED_WEIGHTS = [  # tensors that are replaced (None: removed), and what is said about it
+
+
+@pytest.mark.parametrize("changes, complaint", [
     ({NORM: None}, "lacks 1 tensors, such as 'model.norm.weight'"),
     ({"extra": torch.zeros(1)}, r"'extra' is F32 \(1,\); config.json needs None"),
     ({NORM: torch.zeros(31)}, r"'model.norm.weight' is F32 \(31,\); config.json needs \(32,\)"),
     ({NORM: torch.ones(32).long()}, "is I64 .* in one of F64, F32, BF16, F16"),
-]
-
-
-@pytest.mark.parametrize("changes, complaint", SPOILED_WEIGHTS)
+])
 def test_other_tensors_are_refused(folder, changes, complaint):
     """No half-loaded model: an error that names the tensor."""
     edit_weights(folder, **changes)
@@ -412,8 +387,6 @@ def test_cut_files_and_pickles_are_refused_before_training(folder, tmp_path):
     with pytest.raises(ValueError, match="weights as pickle alone"):
         train.train(config)
     assert not (tmp_path / "run").exists()
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def test_what_older_writers_store_besides_is_skipped(folder):
@@ -426,7 +399,7 @@ def test_what_older_writers_store_besides_is_skipped(folder):
     assert torch.equal(loaded.lm_head.weight, expected.embed_tokens.weight)
 
 
-SPOILED_CONFIGS = [  # entries that are replaced (None: removed), and what is said about it
+@pytest.mark.parametrize("changes, complaint", [
     ({"model_type": "mixtral"}, "'mixtral', only llama, mistral, qwen2, qwen3 are supported"),
     ({"quantization_config": {"bits": 4}}, "quantization_config is"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
@@ -446,10 +419,7 @@ SPOILED_CONFIGS = [  # entries that are replaced (None: removed), and what is sa
     ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, not a whole number"),
     ({"head_dim": 15}, "head_dim=15 by 2"),
     ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no', not a bool"),
-]
-
-
-@pytest.mark.parametrize("changes, complaint", SPOILED_CONFIGS)
+])
 def test_configs_of_other_models_are_refused(folder, changes, complaint):
     """What this model can't represent is an error, not a guess."""
     edit_config(folder, **changes)
@@ -459,11 +429,8 @@ def test_configs_of_other_models_are_refused(folder, changes, complaint):
 
 # --- 5. Whole or not at all -----------------------------------------------------------------------
 
-
 def test_a_folder_is_replaced_whole_or_not_at_all(folder):
-    """What a crash has left behind is cleared or put back; a failed write leaves the old files
-    alone.
-    """
+    """What a crash left is cleared or put back; a failed write leaves the old files alone."""
     folder.rename(folder.with_name("model.old"))  # a writer died between two renames
     folder.with_name("model.writing").mkdir()
     with pytest.raises(RuntimeError, match="disk full"), whole_folder(folder) as aside:
