@@ -10,7 +10,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import sysconfig
 from dataclasses import replace
 from pathlib import Path
 
@@ -499,26 +498,3 @@ def peak_gib(command: str, cwd: Path) -> float:
     _, status, usage = os.wait4(process.pid, 0)
     assert status == 0, command
     return usage.ru_maxrss / 2**20
-
-
-@pytest.mark.slow
-def test_from_installed_packages_to_training_at_64k(tmp_path, least_bytes=200_000_000, seq="64k"):
-    """200 MB of source text (a token a byte), packed in at most 1.5 GiB, then 20 steps at 64K."""
-    (tmp_path / "repos").mkdir()
-    paths, size = sysconfig.get_paths(), 0
-    roots = [Path(paths[key]) for key in ("stdlib", "purelib")]
-    for package in sorted(entry for root in roots for entry in root.iterdir() if entry.is_dir()):
-        if package.name != "site-packages" and not (tmp_path / "repos" / package.name).exists():
-            (tmp_path / "repos" / package.name).symlink_to(package)
-            size += sum(file.stat().st_size for file in texts.list_files(package)
-                        if file.suffix in (".py", ".h"))
-        if size >= 1.5 * least_bytes:
-            break
-    domain = f"code-{seq}"
-    assert peak_gib("data.py tokenize --input repos --format repos --out docs", tmp_path) < 1.5
-    assert json.loads((tmp_path / "docs" / "meta.json").read_text())["tokens"] >= least_bytes
-    pack = f"data.py pack --from docs --domain {domain} --seq {seq} --out packs/{domain}"
-    assert peak_gib(pack, tmp_path) < 1.5
-    peak_gib(f"train.py --seq {seq} --data packs --mix {domain}=1 --steps 20 --no-eval --out run",
-             tmp_path)
-    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 20

@@ -250,6 +250,16 @@ def test_built_in_conversations_repeat_by_seed_and_suit_other_tokenizers(tokeniz
     assert all(0 < d.loss_mask.sum() < len(d) < 400 for d in documents)
 
 
+def test_a_name_that_is_no_file_is_a_data_set_of_the_hub(monkeypatch):
+    """OWNER/NAME:SPLIT goes to `datasets`; a file that is missing does not."""
+    asked = []
+    monkeypatch.setattr(sft, "read_rows", lambda *a, **k: asked.append((a, k)) or iter([]))
+    for source in ("HuggingFaceH4/ultrachat_200k:train_sft", "owner/name", "no/such.jsonl"):
+        sft.conversations_of(source, BYTES, SftConfig(), 1024, [])
+    assert asked == [(("HuggingFaceH4/ultrachat_200k", "hub"), {"split": "train_sft"}),
+                     (("owner/name", "hub"), {"split": "train"}), (("no/such.jsonl",), {})]
+
+
 # --- The average over trained tokens is exact, and a run is the same on any ranks ---
 
 COUNTS = (3, 500, 0, 7)  # trained tokens of four sequences
