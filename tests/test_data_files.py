@@ -8,7 +8,6 @@ import os
 import re
 import resource
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -489,12 +488,3 @@ def test_lengths_and_picture_by_hand():
 
 
 # --- 6. From end to end ---------------------------------------------------------------------------
-
-
-def peak_gib(command: str, cwd: Path) -> float:
-    """Run a script of ours to its end; the most memory it had."""
-    script, *arguments = command.split()
-    process = subprocess.Popen([sys.executable, str(ROOT / script), *arguments], cwd=cwd)
-    _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0, command
-    return usage.ru_maxrss / 2**20
