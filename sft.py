@@ -233,11 +233,9 @@ def conversations_of(source: str, tokenizer: Tokenizer, config: SftConfig, seq_l
     if source == "builtin":
         kinds = question_kinds(tokenizer)
         return builtin_conversations(tokenizer, config.seed, kinds, min(1024, seq_len // 2))
-    if Path(source).exists() or Path(source).suffix in SUFFIXES:
-        rows = read_rows(source)
-    else:
-        name, _, split = source.partition(":")
-        rows = read_rows(name, "hub", split=split or "train")
+    name, _, split = source.partition(":")
+    is_file = Path(source).exists() or Path(source).suffix in SUFFIXES
+    rows = read_rows(source) if is_file else read_rows(name, "hub", split=split or "train")
     return read_chats(rows, config.on_bad, left_out)
 
 
