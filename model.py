@@ -43,7 +43,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -322,6 +321,7 @@ class Block(nn.Module):
         """x (T, C) -> (T, C)."""
         q, k, v = self.before_attention(x, rope)
         out = attend(self.layer, q, k, v)  # (T, H, D)
+        x = x[-len(out):]  # from `read` the last layer gets the last tokens' outputs alone
         tile = self.memory.mlp_tile_tokens
         if tile == 0 or tile >= len(x):
             return self.after_attention(x, out)
@@ -667,8 +667,8 @@ class KVCache:
         self._length, self.pending = n_tokens, []
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store k and v (t, H_kv, D) of new tokens; let q (t, H, D) look at the text so far."""
-        begin, end = self.length, self.length + len(q)
+        """Store k and v (t, H_kv, D) of new tokens; let the last of q look at the text so far."""
+        begin, end = self.length, self.length + len(k)
         old = self.layers.get(layer)
         if old is None or old.shape[2] < end:
             self.layers[layer] = k.new_empty(2, k.shape[1], self.room, k.shape[2])
@@ -714,13 +714,18 @@ def read(model: Transformer, ids: Sequence[int] | Tensor, cache: KVCache, last: 
     device = model.embed_tokens.weight.device
     # Some room to spare: while text is written, the cache is copied only every 256 tokens.
     cache.room = max(cache.room, cache.length + len(ids) + 256)
-    attend = partial(attend_with_my_heads, cache, parallel)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # Later tokens need keys and values of all, but of the last layer only `last` outputs.
+        q = q[-last:] if layer == model.config.n_layers - 1 else q
+        return attend_with_my_heads(cache, parallel, layer, q, k, v)
+
     if cache.length == 0 and len(ids) <= 2**14:  # one causal chunk needs no mask: faster on a CPU
         chunk_tokens = max(chunk_tokens, len(ids))
     hidden = []
     for chunk in ids.to(device).split(chunk_tokens):
         positions = torch.arange(cache.length, cache.length + len(chunk), device=device)
-        hidden.append(model.run_layers(chunk, positions, attend)[-last:])  # (at most last, C)
+        hidden.append(model.run_layers(chunk, positions, attend))  # (at most last, C)
         cache.length += len(chunk)
     return model.lm_head(torch.cat(hidden)[-last:])
 
