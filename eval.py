@@ -51,9 +51,10 @@ from model import (
     stream,
 )
 from support import fitting, scores, tasks, toy
-from support.cli import choose, format_length, option, parse_length
-from support.report import compare_files, draw_evaluation, open_record, print_tokens
-from support.scores import format_table, save_evaluation
+from support.cli import choose, format_length, option, parse_length, print_timed
+from support.files import open_record
+from support.report import compare_files, draw_scores
+from support.scores import cut_around, format_table, save_evaluation
 
 # --- 1. What a task is ----------------------------------------------------------------------------
 
@@ -304,7 +305,8 @@ def run_task(model: Transformer, tokenizer: Tokenizer, task: str, length: int, n
         if (task, length, i) not in record:
             answers = answer_questions(model, tokenizer, example, exact, parallel)
             record[task, length, i] = [
-                {"context": i, "prompt": tokenizer.decode(q.prompt_ids), "answers": list(q.answers),
+                {"context": i, "around": tokenizer.decode(cut_around(example.context_ids, q.depth)),
+                 "prompt": tokenizer.decode(q.prompt_ids), "answers": list(q.answers),
                  "written": written, "score": chosen.score(written, q), "chance": q.chance,
                  "depth": q.depth} for q, written in zip(example.questions, answers, strict=True)]
         contexts.append(record[task, length, i])
@@ -365,10 +367,8 @@ def bits_per_byte(model: Transformer, tokenizer: Tokenizer, length: int, n: int,
     edges = [0, *(2**i for i in range(8, 31) if 2**i < length), length]
     spans = [(f"{a and format_length(a)}-{format_length(b)}", a, b) for a, b in pairwise(edges)]
     spans.append(("last 1/4", length * 3 // 4, length))
-    few = min(length, 256)
-    short = [("short", 0, few)]
-    rows = []
-    for size, count, parts in ((length, n, spans), (few, n * length // few, short)):
+    few, rows = min(length, 256), []
+    for size, count, parts in ((length, n, spans), (few, n * length // few, [("short", 0, few)])):
         bits, n_bytes = torch.zeros(len(parts), dtype=torch.float64), [0] * len(parts)
         documents = data.pack_long(data.code_repos(tokenizer, seed, held_out=True), size)
         for document in islice(documents, min(count, 1024)):
@@ -376,10 +376,10 @@ def bits_per_byte(model: Transformer, tokenizer: Tokenizer, length: int, n: int,
             ids, labels = (x.to(device) for x in batch.shard(rank, ranks))
             hidden = model(ids, batch.doc_lens, parallel)  # (T,) -> (T, C)
             position = torch.arange(1, len(ids) + 1, device=device) + rank * len(ids)  # of labels
+            nats = chunked_cross_entropy(hidden, model.lm_head.weight, labels)
             for i, (_, begin, end) in enumerate(parts):
-                wanted = labels.where((begin <= position) & (position < end), data.IGNORE_INDEX)
-                nats, _ = chunked_cross_entropy(hidden, model.lm_head.weight, wanted)
-                bits[i] += float(nats) / math.log(2)
+                inside = (begin <= position) & (position < end)
+                bits[i] += float(nats[inside].sum(dtype=torch.float64)) / math.log(2)
                 text = tokenizer.decode(document.input_ids[max(begin, 1):end])
                 n_bytes[i] += len(text.encode(errors="replace"))
         if parallel:
@@ -519,7 +519,7 @@ def continue_text(model: Transformer, config: EvalConfig) -> None:
     ids = [*tokenizer.begin, *tokenizer.encode(text).tolist()]
     written = stream(model, ids, config.max_new_tokens, [tokenizer.eos_id], config.temperature,
                      config.top_p, config.seed)
-    print_tokens(tokenizer, written, tokenizer.eos_id, len(ids))
+    print_timed(tokenizer, written, tokenizer.eos_id, len(ids))
 
 
 def main() -> None:
@@ -544,7 +544,8 @@ def main() -> None:
     if parallel is None or parallel.main:
         save_evaluation(evaluation, out)
         print(format_table([evaluation]))
-        drawn = draw_evaluation(evaluation, out)
+        drawn = draw_scores([evaluation], out / f"{folder.name}.png")
+        draw_scores([evaluation], out / f"{folder.name}-depth.png", by_depth=True)
         print(f"results in {out}" + ("" if drawn else "; no picture: install the `plots` extra"))
     if parallel:
         torch.distributed.destroy_process_group()

@@ -232,11 +232,10 @@ BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]] = {
     "varlen": attention_varlen, "sdpa": attention_sdpa, "reference": attention_reference}
 
 
-def backend_for(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """Name the backend that `auto` means here, and say why."""
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        return "varlen", "one flash-attention kernel for all documents of the pack"
-    return "sdpa", f"varlen needs CUDA and 16 bit, this is {device.type} and {str(dtype)[6:]}"
+def backend_for(device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that `auto` means here: varlen needs CUDA and 16 bit."""
+    fits = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    return "varlen" if fits else "sdpa"
 
 
 def document_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
@@ -247,7 +246,7 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_
     Source: ProLong section 6.1 and B.2 (Table 20: masks help both long and short tasks).
     """
     if backend == "auto":
-        backend, _ = backend_for(q.device, q.dtype)
+        backend = backend_for(q.device, q.dtype)
     attend = choose("attention backend", backend, BACKENDS)
     return attend(q, k, v, cu_seqlens, max_seqlen)
 
@@ -378,15 +377,16 @@ class Transformer(nn.Module):
         return self.lm_head(Transformer.forward(self, input_ids, doc_lens, parallel))
 
     def loss(self, input_ids: Tensor, labels: Tensor, doc_lens: Sequence[int],
-             parallel: Parallel | None = None) -> tuple[Tensor, Tensor]:
+             parallel: Parallel | None = None, by_token: bool = False) -> tuple[Tensor, Tensor]:
         """Sum of this rank's cross-entropies (nats), and how many labels took part.
 
-        `labels` (T,) are already shifted. We return a sum, which train.py divides by the valid
-        tokens of the whole step (section A.3).
+        `labels` (T,) are already shifted. We return a sum, or with `by_token` all that it is of
+        (T,), and train.py divides by the valid tokens of the whole step (section A.3).
         """
         hidden = Transformer.forward(self, input_ids, doc_lens, parallel)
         chunk_tokens = self.memory.loss_chunk_tokens or len(labels)
-        return chunked_cross_entropy(hidden, self.lm_head.weight, labels, chunk_tokens)
+        losses = chunked_cross_entropy(hidden, self.lm_head.weight, labels, chunk_tokens)
+        return losses if by_token else losses.sum(), (labels != IGNORE_INDEX).sum()
 
     def is_right(self, input_ids: Tensor, labels: Tensor, doc_lens: Sequence[int],
                  parallel: Parallel | None = None) -> Tensor:
@@ -456,26 +456,23 @@ def recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
 
 
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor,
-                          chunk_tokens: int = 8192) -> tuple[Tensor, Tensor]:
-    """Sum of cross-entropies without ever holding all logits: hidden (T, C), weight (V, C).
+                          chunk_tokens: int = 8192) -> Tensor:
+    """Each label's cross-entropy without ever holding all logits: hidden (T, C), weight (V, C).
 
     64K tokens of Llama-3 have 33.6 GB of float32 logits. We hold those of a chunk at a time, and
     backward computes them again. The matmul is in the inputs' dtype, the softmax in float32.
-    Returns (loss_sum, valid_tokens); a chunk without labels adds exactly 0.
+    Returns (T,), exactly 0 where there is no label.
     """
-    total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-    for part, target in zip(hidden.split(chunk_tokens), labels.split(chunk_tokens), strict=True):
-        if len(labels) <= chunk_tokens:  # a single chunk: to compute it twice would save nothing
-            total = total + cross_entropy_sum(part, weight, target)
-        else:
-            total = total + recomputed(cross_entropy_sum, part, weight, target)
-    return total, (labels != IGNORE_INDEX).sum()
+    if len(labels) <= chunk_tokens:  # a single chunk: to compute it twice would save nothing
+        return cross_entropy(hidden, weight, labels)
+    chunks = zip(hidden.split(chunk_tokens), labels.split(chunk_tokens), strict=True)
+    return torch.cat([recomputed(cross_entropy, part, weight, target) for part, target in chunks])
 
 
-def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     logits = F.linear(hidden, weight)  # (chunk, C) -> (chunk, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
 
 
 # --- 6. Many ranks: Parallel and the Ulysses exchange ---------------------------------------------

@@ -24,7 +24,6 @@ is a stage like any other. This file makes its data and calls train.run_stage.
 
 from __future__ import annotations
 
-import codecs
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -45,7 +44,7 @@ from eval import wilson_interval
 from model import KVCache, Transformer, empty_pretrained, load_pretrained, stream
 from support import installed
 from support.chats import Message, ask_about_context, read_chats
-from support.cli import choose
+from support.cli import choose, print_tokens
 from support.texts import SUFFIXES, read_rows
 from train import Run, RunConfig, Stage
 
@@ -278,21 +277,17 @@ def fine_tune(config: SftConfig) -> Path:
         raise ValueError(f"sequences of {stage.seq_len:,} tokens are longer than the model's "
                          f"context of {model.config.max_seq_len:,}; choose a --seq within it")
     resumed = state if config.resume else None  # Adam starts afresh, whatever --init has (Table 9)
-    done: list[dict[str, Any]] = []
     with train.start_run(config, "runs/sft", model, [stage], source, resumed) as run:
         model.config = replace(model.config, eos_token_id=run.tokenizer.special_id(template.end))
         model.files.pop("generation_config.json", None)  # the base model stops at another token
         model.files["chat_template.jinja"] = template.jinja.encode()
-
-        def answers(model: Transformer) -> list[dict[str, Any]]:
-            return score_answers(model, run.tokenizer, config.template, config.samples, config.seed)
-
+        answers = partial(score_answers, tokenizer=run.tokenizer, template=config.template,
+                          n=config.samples, seed=config.seed)
         if config.eval:
-            train.evaluate_checkpoint(run, "before", base, done, answers)
+            train.evaluate_checkpoint(run, "before", base, answers)
         train.run_stage(run, stage, pack_conversations(run, stage, config), resumed)
         if config.eval:
-            end = run.checkpoint(stage, stage.steps)
-            train.evaluate_checkpoint(run, stage.name, end, done, answers)
+            train.evaluate_checkpoint(run, stage.name, run.checkpoint(stage, stage.steps), answers)
     return run.folder
 
 
@@ -323,12 +318,10 @@ def chat(config: SftConfig) -> None:
         except (EOFError, KeyboardInterrupt):
             return
         ids: list[int] = []
-        letters = codecs.getincrementaldecoder("utf-8")("replace")  # some take several tokens
+        written = answer(model, tokenizer, messages, config.template, limit, cache)
         try:
-            for token in answer(model, tokenizer, messages, config.template, limit, cache):
+            for token in print_tokens(tokenizer, written, tokenizer.eos_id):
                 ids.append(token)
-                piece = tokenizer.encoding.decode_single_token_bytes(token)
-                print(letters.decode(piece), end="", flush=True)
         except KeyboardInterrupt:
             print(" (stopped)", end="")
         print()

@@ -33,7 +33,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,13 +51,13 @@ import eval as evaluation  # `eval` is a function of Python's
 import model as llama  # most functions here are given a `model`
 from data import Batch, Mixture, PackedDataset, PackedSequence, Tokenizer
 from model import MemoryOptions, ModelConfig, Parallel, Transformer
-from support import memory
+from support import memory, scores
 from support import run as runs
 from support.cli import choose, format_length, parse_cli, run_main
 from support.files import whole_folder, write_json
 from support.memory import count_weights, dtype_for, memory_per_rank, memory_there  # noqa: F401
 from support.options import RunConfig, TrainConfig
-from support.report import draw_recall
+from support.report import draw_losses, draw_scores
 from support.run import Diverged, config_to_resume, fail_together, read_state, run_and_exit
 
 # --- 1. Recipes -----------------------------------------------------------------------------------
@@ -82,8 +82,8 @@ class Stage:
         return self.tokens // self.batch_tokens
 
 
-# Short documents keep short-context abilities. In parts: ShortMix, as in the final recipe (Table 9)
-# and in the ablations (Table 5), and the mixes that it was compared with (Table 6).
+# Short documents keep short-context abilities. In parts: ShortMix (Table 9; in ablations, Table 5)
+# and the mixes that it was compared with (Table 6).
 SHORT_MIX = {"fineweb_edu": 27, "fineweb": 27, "tulu_v2": 11, "stackexchange": 11, "wikipedia": 8,
              "openwebmath": 8, "arxiv": 8}
 SHORT_MIXES = {
@@ -232,14 +232,13 @@ def default_seq_parallel_size(config: ModelConfig, stage: Stage, world_size: int
                      f"and heads that allow {sizes}; change --batch-tokens or --seq-parallel-size")
 
 
-def prepare_data(stage: Stage, config: TrainConfig, tokenizer: Tokenizer, run: Path,
-                 parallel: Parallel) -> tuple[Path, Stage]:
+def prepare_data(run: Run, stage: Stage, packs: str) -> tuple[Path, Stage]:
     """The folder of packed domains, and the stage without the domains that could not be packed."""
-    if config.data:
-        return Path(config.data), stage
-    folder = run / "data" / stage.name
-    if parallel.main:
-        pack_domains(stage, folder, tokenizer, config.seed)
+    if packs:
+        return Path(packs), stage
+    folder = run.folder / "data" / stage.name
+    if run.parallel.main:
+        pack_domains(stage, folder, run.tokenizer, run.config.seed)
     dist.barrier()  # now all ranks see which domains there are
     packed = {name: share for name, share in stage.mixture.items() if (folder / name).exists()}
     return folder, replace(stage, mixture=packed)
@@ -265,31 +264,20 @@ def pack_domains(stage: Stage, folder: Path, tokenizer: Tokenizer, seed: int) ->
         raise left_out[0]
 
 
-def open_domains(stage: Stage, folder: Path, tokenizer: Tokenizer) -> dict[str, PackedDataset]:
-    """Open the mixture's domains. Raises ValueError for one of another length or tokenizer."""
-    names = [name for name, share in stage.mixture.items() if share]
-    domains = {name: PackedDataset(folder / name) for name in names}
-    for dataset in domains.values():
-        dataset.check_tokenizer(tokenizer)
-        if dataset.seq_len != stage.seq_len:
-            raise ValueError(f"{dataset.folder} holds sequences of {dataset.seq_len:,} tokens, "
-                             f"the stage wants {stage.seq_len:,}; pack it at that length")
-    return domains
-
-
 LoadedStep = tuple[list[PackedSequence], list[Batch], dict[str, int]]
 
 
 def load_steps(mixture: Mixture, steps: int, layout: StepLayout, parallel: Parallel,
                reorder: bool) -> Iterator[LoadedStep]:
-    """Each step's sequences, this rank's micro-batches, and how far each domain has been read.
+    """Each step's sequences as dealt, this rank's share, and how far domains were read.
 
     A thread loads the next step while this one is trained.
     """
     def load() -> LoadedStep:
-        sequences = mixture.draw(layout.sequences)
-        dealt = data.arrange_step(sequences, parallel.dp_size, layout.per_batch, reorder)
+        dealt = data.arrange_step(mixture.draw(layout.sequences), parallel.dp_size,
+                                  layout.per_batch, reorder)
         batches = [data.make_batch(ranks[parallel.dp_rank]) for ranks in dealt]
+        sequences = [s for ranks in dealt for part in ranks for s in part]
         return sequences, batches, dict(mixture.drawn)
 
     with ThreadPoolExecutor(1) as loader:
@@ -370,30 +358,36 @@ class StepResult:
     loss: float  # nats per trained token, over the whole step
     grad_norm: float  # before clipping
     valid_tokens: int
+    domains: dict[str, tuple[float, int]]  # of each in the step: sum of losses, trained tokens
 
 
 def train_step(model: Transformer, optimizer: Optimizer, batches: Sequence[Batch],
-               lr: float, parallel: Parallel, clip: float = 1.0) -> StepResult:
+               lr: float, parallel: Parallel, clip: float = 1.0,
+               sources: Sequence[str] = ()) -> StepResult:
     """One optimizer step over this rank's micro-batches and those of all other ranks.
 
+    `sources` names the step's sequences in the order dealt; "short[3]" is of the domain short.
     Raises Diverged on all ranks, before any weight changes, if loss or gradient is not finite.
     """
     shards = [batch.shard(parallel.sp_rank, parallel.sp_size) for batch in batches]
-    counts = [(labels != data.IGNORE_INDEX).sum() for _, labels in shards]
-    valid = parallel.all_sum(torch.stack(counts).sum())
-    total = torch.zeros((), dtype=torch.float64, device=parallel.device)
-    for (input_ids, labels), batch in zip(shards, batches, strict=True):
-        input_ids = llama.to_device(input_ids, parallel.device)
-        labels = llama.to_device(labels, parallel.device)
-        loss_sum, _ = model.loss(input_ids, labels, batch.doc_lens, parallel)
+    trained = [labels != data.IGNORE_INDEX for _, labels in shards]
+    counts = sum_by_sequence(trained, batches[0], parallel)
+    valid, losses = counts.sum(), []
+    for shard, batch in zip(shards, batches, strict=True):
+        input_ids, labels = (llama.to_device(tensor, parallel.device) for tensor in shard)
+        loss, _ = model.loss(input_ids, labels, batch.doc_lens, parallel, by_token=True)  # (T / P,)
         # Even a rank with no valid token runs backward: others wait for its part of each sum.
-        (loss_sum / valid.clamp(min=1).to(loss_sum.dtype)).backward()
-        total += loss_sum.detach()
+        (loss.sum() / valid.clamp(min=1).to(loss.dtype)).backward()
+        losses.append(loss.detach())
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    loss = parallel.all_sum(total) / valid.clamp(min=1)
-    numbers = torch.stack((loss, norm.double(), valid)).tolist()  # the only wait for the device
-    result = StepResult(numbers[0], numbers[1], int(numbers[2]))
+    rows = sum_by_sequence(losses, batches[0], parallel), counts, norm.to(counts).expand_as(counts)
+    sums, tokens, norms = torch.stack(rows).tolist()  # the only wait for the device
+    domains: dict[str, tuple[float, int]] = {}
+    for source, loss_sum, n in zip(sources, sums, tokens, strict=bool(sources)):
+        before = domains.get(name := source.rpartition("[")[0], (0.0, 0))
+        domains[name] = before[0] + loss_sum, before[1] + int(n)
+    result = StepResult(sum(sums) / max(1, sum(tokens)), norms[0], int(sum(tokens)), domains)
     if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
         optimizer.zero_grad()
         raise Diverged(f"loss is {result.loss}, the gradient's norm {result.grad_norm}")
@@ -402,6 +396,15 @@ def train_step(model: Transformer, optimizer: Optimizer, batches: Sequence[Batch
     optimizer.step()
     optimizer.zero_grad()
     return result
+
+
+def sum_by_sequence(values: list[Tensor], batch: Batch, parallel: Parallel) -> Tensor:
+    """Sum (T / P,) of each micro-batch by sequence: all the step's, in the order dealt."""
+    mine = torch.stack(values)
+    whole = mine.new_zeros(len(mine), parallel.dp_size, parallel.sp_size, mine.shape[1])
+    whole[:, parallel.dp_rank, parallel.sp_rank] = mine  # 0 where other ranks have theirs
+    seq_len = len(batch.input_ids) // len(batch.sources)
+    return parallel.all_sum(whole.view(-1, seq_len).sum(dim=1, dtype=torch.float64))
 
 
 # --- 6. Checkpoints -------------------------------------------------------------------------------
@@ -450,7 +453,7 @@ def load_checkpoint(folder: Path, model: Transformer,
     """Read Adam's moments into a sharded model's optimizer, and return the state.
 
     Any number of ranks may have written them; each reads the rows that it keeps now. Raises
-    ValueError for damaged ones and another model's. (load_weights reads the weights.)
+    ValueError for damaged ones and another model's.
     """
     state = read_state(folder)
     for weight in model.parameters():
@@ -497,6 +500,7 @@ class Run:
     log: runs.Log
     stop: SimpleNamespace  # asked, busy: see runs.stop_on_signals
     tokens_seen: int = 0
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
 
     def checkpoint(self, stage: Stage, step: int) -> Path:
         return self.folder / "checkpoints" / f"{stage.name}-{step}"
@@ -508,8 +512,7 @@ class Run:
 
 def train(config: TrainConfig) -> Path:
     """Run the chosen stages, or what is left of a run to resume; return the run folder."""
-    if config.resume:
-        config = config_to_resume(config)
+    config = config_to_resume(config) if config.resume else config
     source, state = initial_weights(config)
     if source:
         model = llama.empty_pretrained(source, torch.float32)
@@ -517,19 +520,17 @@ def train(config: TrainConfig) -> Path:
         vocab_size = data.load_tokenizer(config.tokenizer).vocab_size
         model = Transformer(llama.preset_config(config.model, vocab_size)).init_weights(config.seed)
     stages = choose_stages(config, model.config.head_dim)
-    resumed = state if config.resume else None
-    first = 0
-    if resumed:  # of this stage resumed["step"] steps are done
-        first = [stage.name for stage in stages].index(resumed["stage"])
-    done: list[dict[str, Any]] = []  # evaluations
+    resumed = state if config.resume else None  # of its stage resumed["step"] steps are done
+    first = [stage.name for stage in stages].index(resumed["stage"]) if resumed else 0
     with start_run(config, f"runs/{config.recipe}", model, stages, source, state) as run:
         for i, stage in enumerate(stages):
             if i >= first:
-                folder, packed = prepare_data(stage, config, run.tokenizer, run.folder,
-                                              run.parallel)
+                folder, packed = prepare_data(run, stage, config.data)
                 run_stage(run, packed, folder, resumed if i == first else None)
             if config.eval:
-                evaluate_checkpoint(run, stage.name, run.checkpoint(stage, stage.steps), done)
+                evaluate_checkpoint(run, stage.name, run.checkpoint(stage, stage.steps))
+        if run.evaluations:
+            print(scores.format_recall(run.evaluations[-1]), flush=True)
     return run.folder
 
 
@@ -548,15 +549,14 @@ def run_stage(run: Run, stage: Stage, folder: Path,
     run.stop.busy = True
     begin = saved_at = time.monotonic()
     for step, (sequences, batches, drawn) in enumerate(steps, start=first):
+        lr, sources = learning_rate(stage, step), [sequence.source for sequence in sequences]
         try:
-            lr = learning_rate(stage, step)
-            result = train_step(model, run.optimizer, batches, lr, parallel, config.clip)
-        except Diverged as error:  # before any weight has changed
-            sources = ", ".join(sequence.source for sequence in sequences)
-            raise Diverged(f"stage {stage.name} step {step + 1}: {error} at {sources}") from None
+            result = train_step(model, run.optimizer, batches, lr, parallel, config.clip, sources)
+        except Diverged as error:
+            what = f"stage {stage.name} step {step + 1}: {error} at {', '.join(sources)}"
+            raise Diverged(what) from None
         run.tokens_seen += stage.batch_tokens
-        flops = sum(llama.flops_per_step(model.config, s.doc_lens) for s in sequences)
-        log_step(run, stage, step, result, batches, flops, time.monotonic() - begin)
+        log_step(run, stage, step, result, sequences, batches, time.monotonic() - begin)
 
         due = time.monotonic() - saved_at > SAVE_SECONDS
         if config.save_every:
@@ -582,8 +582,13 @@ def open_mixture(run: Run, stage: Stage, folder: Path,
 
     Raises ValueError for damaged data, and for what is not as it was when the run began.
     """
-    parallel, datasets = run.parallel, open_domains(stage, folder, run.tokenizer)
+    parallel, names = run.parallel, [name for name, share in stage.mixture.items() if share]
+    datasets = {name: PackedDataset(folder / name) for name in names}
     for i, dataset in enumerate(datasets.values()):
+        if dataset.seq_len != stage.seq_len:
+            raise ValueError(f"{dataset.folder} holds sequences of {dataset.seq_len:,} tokens, "
+                             f"the stage wants {stage.seq_len:,}; pack it at that length")
+        dataset.check_tokenizer(run.tokenizer)
         dataset.check_ids(run.model.config.vocab_size)
         if i % parallel.world_size == parallel.rank:  # a second per GB, shared by the ranks
             dataset.check_content()
@@ -605,38 +610,39 @@ def set_memory_and_announce(run: Run, stage: Stage, layout: StepLayout, mixture:
         run.config, model.config, micro // parallel.sp_size, parallel.world_size,
         run.dtype.itemsize, memory_there(parallel.device), parallel.device.type)
     model.set_memory_options(options)
-    run.print0(f"\nstage {stage.name}: {stage.steps:,} steps, sequences of {stage.seq_len:,}, "
-               f"rope_theta {model.config.rope_theta:g}\n  memory: {options} ({why})\n"
-               f"  {parallel.world_size} ranks / {parallel.sp_size} sp = {parallel.dp_size} dp x "
-               f"{micro:,} x {layout.grad_accum_steps} accum = {stage.batch_tokens:,} tokens/step")
-    for name, share in mixture.shares.items():
-        packed = mixture.datasets[name]
-        run.print0(f"  {share:>6.1%} {name:<16} {len(packed):>6,} sequences, sha256 "
-                   f"{packed.meta['sha256'][:12]}, {packed.trained_share:.1%} of tokens trained")
+    run.print0(f"\nstage {stage.name}: {stage.steps:,} steps of {stage.batch_tokens:,} tokens, in "
+               f"sequences of {stage.seq_len:,}; RoPE's theta {model.config.rope_theta:,.0f}\n"
+               f"  ranks: {parallel.world_size}, {parallel.sp_size} to a sequence; micro-batches a "
+               f"step: {layout.grad_accum_steps}, of {micro:,} tokens\n  memory: {why}")
+    for name, packs in mixture.datasets.items():
+        run.print0(f"  {mixture.shares[name]:>6.1%} {name:<16} {len(packs):>6,} sequences, sha256 "
+                   f"{packs.meta['sha256'][:12]}, {packs.trained_share:.0%} of tokens trained")
 
 
-def log_step(run: Run, stage: Stage, step: int, result: StepResult, batches: list[Batch],
-             flops: float, seconds: float) -> None:
+def log_step(run: Run, stage: Stage, step: int, result: StepResult,
+             sequences: list[PackedSequence], batches: list[Batch], seconds: float) -> None:
     """Log a step, and a small evaluation where --eval-every says so."""
     parallel, model = run.parallel, run.model
-    scores = {}
+    quick = {}
     if run.config.eval_every and (step + 1) % run.config.eval_every == 0:
-        scores = {"eval": evaluation.quick_scores(model, run.tokenizer, stage.seq_len, parallel)}
+        quick = {"eval": evaluation.quick_scores(model, run.tokenizer, stage.seq_len, parallel)}
         assert isinstance(model, fsdp.FSDPModule)
         model.reshard()  # as a backward pass would: else the embedding stays gathered
+    flops = sum(llama.flops_per_step(model.config, s.doc_lens) for s in sequences)
     peak = parallel.world_size * llama.device_peak_flops(parallel.device, run.dtype)
     crossing = [llama.crosses_ranks(batch.doc_lens, parallel.sp_size) for batch in batches]
-    run.log.write({"stage": stage.name, "step": step + 1, **asdict(result),
-                   "lr": learning_rate(stage, step), "tokens_seen": run.tokens_seen,
+    run.log.write({"stage": stage.name, "step": step + 1, "seq_len": stage.seq_len,
+                   **asdict(result), "lr": learning_rate(stage, step),
+                   "tokens_seen": run.tokens_seen,
                    "sp_exchanged": sum(crossing) / len(crossing),
                    "tok_per_s": stage.batch_tokens / seconds, "mfu": flops / seconds / peak,
-                   "mem_gib": memory.memory_gib(parallel.device), "time_s": seconds, **scores},
+                   "mem_gib": memory.memory_gib(parallel.device), "time_s": seconds, **quick},
                   stage.steps, parallel.world_size)
 
 
-def evaluate_checkpoint(run: Run, name: str, checkpoint: Path, done: list[dict[str, Any]],
+def evaluate_checkpoint(run: Run, name: str, checkpoint: Path,
                         more: Callable[[Transformer], list[dict[str, Any]]] | None = None) -> None:
-    """Evaluate a checkpoint as a user would load it; print and draw it beside those in `done`.
+    """Evaluate a checkpoint as a user would load it; print and draw it beside the run's others.
 
     `more` gives rows of which eval.py does not know.
     """
@@ -649,11 +655,12 @@ def evaluate_checkpoint(run: Run, name: str, checkpoint: Path, done: list[dict[s
             result = evaluation.evaluate(model, settings, name)
             result["results"] += more(model) if more else []
             evaluation.save_evaluation(result, path.parent)
-        done.append(json.loads(path.read_text()))
-        figure = run.folder / "figures" / "recall_by_length.png"
-        drawn = draw_recall(done, figure)
-        print(evaluation.format_table(done))
-        print(f"figure: {figure}" if drawn else "no figure: matplotlib is missing", flush=True)
+        run.evaluations.append(json.loads(path.read_text()))
+        figures = run.folder / "figures"
+        drawn = draw_scores(run.evaluations, figures / "recall_by_length.png", by_depth=True)
+        draw_losses(run.folder)
+        print(evaluation.format_table(run.evaluations))
+        print(f"figures: {figures}" if drawn else "no figures without matplotlib", flush=True)
     dist.barrier()
 
 
@@ -673,10 +680,9 @@ def start_run(config: RunConfig, default_out: str, model: Transformer, stages: S
     parallel = llama.init_parallel(sp_size)
     dtype, why = dtype_for(config.dtype, parallel.device, shape.dim)
 
-    model.backend = config.attention
-    backend = llama.backend_for(parallel.device, dtype)
-    if config.attention != "auto":
-        backend = config.attention, "as asked"
+    model.backend, backend = config.attention, config.attention
+    if backend == "auto":
+        backend = llama.backend_for(parallel.device, dtype)
     if config.compile == "on" or (config.compile == "auto" and parallel.device.type == "cuda"):
         model.compile_blocks()  # on a CPU only if asked: it needs a C++ compiler
     if not source:
@@ -695,7 +701,7 @@ def start_run(config: RunConfig, default_out: str, model: Transformer, stages: S
     with runs.stop_on_signals(folder) as stop:
         run = Run(config, folder, parallel, tokenizer, model, optimizer, dtype, log, stop, seen)
         run.print0(f"run folder: {folder}; torch {torch.__version__}; {parallel.device}\n"
-                   f"compute {str(dtype)[6:]} ({why}), attention {backend[0]} ({backend[1]})")
+                   f"compute in {str(dtype)[6:]} ({why}), attention by {backend}")
         if source and state:
             load_checkpoint(source, model, optimizer)
         how = "with Adam's moments" if state else "weights alone"
@@ -704,7 +710,7 @@ def start_run(config: RunConfig, default_out: str, model: Transformer, stages: S
 
 
 def print_plan(config: TrainConfig) -> None:
-    """Whether each stage fits the ranks asked for, and how long it takes: by arithmetic."""
+    """Whether each stage fits the ranks asked for, and how long it takes."""
     world = config.world_size or 1
     shape = llama.preset_config(config.model, data.load_tokenizer(config.tokenizer).vocab_size)
     for stage in choose_stages(config, shape.head_dim):
@@ -718,8 +724,7 @@ def print_plan(config: TrainConfig) -> None:
 def main() -> None:
     config = parse_cli(TrainConfig, __doc__)
     if config.plan:
-        print_plan(config)
-        return
+        return print_plan(config)
     if config.world_size:
         raise ValueError("--world-size is for --plan; to train on several, use torchrun")
     run_and_exit("train.py", lambda: train(config))

@@ -235,18 +235,18 @@ def average_by(what: str, seq_len: int = 0) -> Callable[..., tuple[Tensor, Tenso
     if what not in ("documents", "sequences"):
         raise ValueError(f"a loss by {what!r} is unknown; choose documents or sequences")
 
+    plain = model.Transformer.loss
+
     def loss(self: model.Transformer, input_ids: Tensor, labels: Tensor, doc_lens: Sequence[int],
-             parallel: model.Parallel | None = None) -> tuple[Tensor, Tensor]:
-        hidden = model.Transformer.forward(self, input_ids, doc_lens, parallel)
+             parallel: model.Parallel | None = None,
+             by_token: bool = False) -> tuple[Tensor, Tensor]:
+        losses, valid = plain(self, input_ids, labels, doc_lens, parallel, by_token=True)
         sizes = list(doc_lens) if what == "documents" else [seq_len] * (len(labels) // seq_len)
-        parts = [model.chunked_cross_entropy(h, self.lm_head.weight, target)
-                 for h, target in zip(hidden.split(sizes), labels.split(sizes), strict=True)
-                 if (target != data.IGNORE_INDEX).any()]
-        valid = (labels != data.IGNORE_INDEX).sum()
-        if not parts:
-            return hidden.sum() * 0, valid
-        means = torch.stack([loss_sum / n for loss_sum, n in parts])
-        return means.mean() * valid, valid
+        counts = torch.stack([part.sum() for part in (labels != data.IGNORE_INDEX).split(sizes)])
+        parts = (counts > 0).sum().clamp(min=1)
+        own = counts.clamp(min=1).repeat_interleave(torch.tensor(sizes, device=counts.device))
+        losses = losses * valid / parts / own  # own: the trained tokens of a token's part
+        return losses if by_token else losses.sum(), valid
 
     return loss
 

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import dataclasses
 import math
 import os
 import sys
 import time
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -115,3 +116,26 @@ def run_main(main: Callable[[], None]) -> None:
             time.sleep(2)  # rank 0 usually says the same; torchrun then ends this rank
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def print_tokens(tokenizer: Any, ids: Iterable[int], stop: int) -> Iterator[int]:
+    """Print the text of tokens as they come, but not of `stop`, and pass the tokens on."""
+    letters = codecs.getincrementaldecoder("utf-8")("replace")  # a letter may take several tokens
+    for i in ids:
+        if i < tokenizer.vocab_size and i != stop:  # a model's table may have more rows than that
+            piece = tokenizer.encoding.decode_single_token_bytes(i)
+            print(letters.decode(piece), end="", flush=True)
+        yield i
+    print(letters.decode(b"", final=True), end="")
+
+
+def print_timed(tokenizer: Any, ids: Iterable[int], stop: int, n_prompt: int) -> None:
+    """Print the text of tokens as they come; then to stderr how fast they came."""
+    times = [time.monotonic()]
+    for _ in print_tokens(tokenizer, ids, stop):
+        times.append(time.monotonic())
+    print()
+    read_s, write_s, n = times[1] - times[0], times[-1] - times[1], len(times) - 1
+    speed = f", {(n - 1) / write_s:,.1f} tok/s after the first" if n > 1 else ""
+    print(f"{n_prompt:,} tokens read in {read_s:.2f} s, {n_prompt / read_s:,.0f} tok/s; "
+          f"{n:,} written{speed}", file=sys.stderr)

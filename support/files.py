@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 
 
 @contextmanager
@@ -126,3 +127,50 @@ def check_tokenizer(folder: str | Path, meta: dict[str, Any], tokenizer: Any) ->
         raise ValueError(f"{folder} was made with tokenizer {meta['tokenizer']!r} "
                          f"({meta['tokenizer_fingerprint']}), this is {tokenizer.spec!r} "
                          f"({tokenizer.fingerprint}); make it again with this one")
+
+
+class Record(dict[tuple[Any, ...], Any]):
+    """A dict that appends each new entry to a file (on the main rank).
+
+        {"tasks": "recall", "seed": 0, ...}                      first the settings,
+        ["recall", 2048, 0, [{"written": "PLM3", ...}, ...]]     then a line for each key and value
+    """
+
+    path: Path | None = None
+
+    def __setitem__(self, key: tuple[Any, ...], value: Any) -> None:
+        super().__setitem__(key, value)
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps([*key, value]) + "\n")
+
+
+def open_record(path: Path | None, settings: dict[str, Any], parallel: Any = None) -> Record:
+    """Open a record, or begin one. Raises ValueError if it was made with other settings.
+
+    The main rank alone reads the file, and sends the others what it found, or its error.
+    """
+    path = path if parallel is None or parallel.main else None
+    found: list[Any] = [{} if path is None else _read(path, settings)]
+    if parallel is not None:
+        dist.broadcast_object_list(found, device=parallel.device)
+    if isinstance(found[0], ValueError):
+        raise found[0]
+    record = Record(found[0])
+    record.path = path
+    return record
+
+
+def _read(path: Path, settings: dict[str, Any]) -> dict[tuple[Any, ...], Any] | ValueError:
+    try:
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []  # not a half written one
+        before, *rows = [json.loads(line) for line in lines] or [settings]
+        for name, value in settings.items():
+            if before.get(name) != value:
+                raise ValueError(f"other settings ({name} {before.get(name)!r}, now {value!r})")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(entry) + "\n" for entry in (before, *rows)))
+        return {tuple(key): value for *key, value in rows}
+    except (ValueError, TypeError, AttributeError, OSError) as error:
+        return ValueError(f"{path} can't be continued: {error}; choose another folder (--out), or "
+                          "remove it")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .files import read_json
-from .report import draw_packed, format_lengths, picture
 from .texts import read_meta_of
 
 
@@ -61,6 +60,22 @@ def packed(dataset: Any, load_tokenizer: Callable[[str], Any]) -> None:
     except (ValueError, KeyError) as error:  # a folder may outlive its tokenizer's file
         shown = f", as ids ({error}):\n    {around.tolist()}"
     print(f"around the first document's end (token {end:,}){shown}")
-    drawn = draw_packed(dataset.folder, dataset.seq_len, first, lens)
-    if drawn:
-        print(f"figure: {drawn}")
+
+
+def format_lengths(lens: np.ndarray) -> str:
+    """Document lengths, and the share of *tokens* in long documents, as in the paper's Table 14.
+
+    The table counts tokens: its ShortMix row is the mean of its parts' rows by shares of tokens.
+    """
+    parts = [f">{limit}K {lens[lens > limit * 1024].sum() / lens.sum():.1%}"
+             for limit in (4, 8, 16, 32)]
+    return (f"document lengths: shortest {lens.min():,}, median {int(np.median(lens)):,}, longest "
+            f"{lens.max():,}; tokens in documents {'  '.join(parts)}")
+
+
+def picture(doc_lens: Sequence[int], width: int = 96) -> str:
+    """A packed sequence as a line, a letter a document: "aaabbbcc". The shortest do not show."""
+    ends = np.cumsum(doc_lens)
+    columns = (np.arange(width) + 0.5) * ends[-1] / width
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+    return "".join(letters[np.searchsorted(ends, columns, side="right") % 26])

@@ -113,8 +113,18 @@ def first_that_fits(choices: Sequence[Any], config: Any, shape: Any, tokens: int
                                      config.host_optimizer).values())
         if needed < 0.9 * memory_bytes:
             break
-    why = f"{needed / 2**30:.2f} GiB planned a rank, {memory_bytes / 2**30:.1f} there"
+    why = (f"{needed / 2**30:.2f} of {memory_bytes / 2**30:.1f} GiB a rank by plan; "
+           f"{in_words(chosen)}")
     return chosen, why + ("; it may not fit, see --plan" if needed > memory_bytes else "")
+
+
+def in_words(options: Any) -> str:
+    """What model.MemoryOptions keeps for the backward pass."""
+    words = {"keep": "activations kept", "recompute": "blocks computed again for backward",
+             "offload": "blocks computed again for backward, their inputs on the host"}
+    logits, tiles = options.loss_chunk_tokens, options.mlp_tile_tokens
+    return (words[options.activations] + (f", logits {logits:,} tokens at a time" if logits else "")
+            + (f", MLPs {tiles:,} tokens at a time" if tiles else ""))
 
 
 def format_plan(config: Any, shape: Any, stage: Any, options: Sequence[Any], chosen: Any,
@@ -144,7 +154,7 @@ def format_plan(config: Any, shape: Any, stage: Any, options: Sequence[Any], cho
     total, verdict = sum(parts.values()), "it fits"
     if total >= most:
         verdict = f"it does not fit; what would: {fitting[0] if fitting else 'more ranks'}"
-    lines += [f"  this command: {chosen}"]
+    lines += [f"  this command: {in_words(chosen)}"]
     lines += [f"    {name:<44} {size / 2**30:>8.1f}" for name, size in parts.items()]
     lines += [f"    {'in all':<44} {total / 2**30:>8.1f}  {verdict}"]
 

@@ -1,71 +1,25 @@
-"""What is written down: answers as they are given, pictures of scores and of packed sequences.
-
-    {"tasks": "recall", "seed": 0, ...}                      a record: first the settings,
-    ["recall", 2048, 0, [{"written": "PLM3", ...}, ...]]     then a line for each key and its value
+"""Losses by groups of domains, and pictures of losses and of scores.
 
 A function that draws returns False where matplotlib (the `plots` extra) is not installed.
 """
 
 from __future__ import annotations
 
-import codecs
 import json
-import sys
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 
-from .cli import format_length
+from .cli import format_length, parse_length
 from .scores import compare, format_comparison
 
 Evaluation = dict[str, Any]  # what eval.py writes: "model", "results", "bits_per_byte"
-
-
-class Record(dict[tuple[Any, ...], Any]):
-    """A dict that appends each new entry to a file (on the main rank)."""
-
-    path: Path | None = None
-
-    def __setitem__(self, key: tuple[Any, ...], value: Any) -> None:
-        super().__setitem__(key, value)
-        if self.path is not None:
-            with self.path.open("a") as file:
-                file.write(json.dumps([*key, value]) + "\n")
-
-
-def open_record(path: Path | None, settings: dict[str, Any], parallel: Any = None) -> Record:
-    """Open a record, or begin one. Raises ValueError if it was made with other settings.
-
-    The main rank alone reads the file, and sends the others what it found, or its error.
-    """
-    path = path if parallel is None or parallel.main else None
-    found: list[Any] = [{} if path is None else _read(path, settings)]
-    if parallel is not None:
-        dist.broadcast_object_list(found, device=parallel.device)
-    if isinstance(found[0], ValueError):
-        raise found[0]
-    record = Record(found[0])
-    record.path = path
-    return record
-
-
-def _read(path: Path, settings: dict[str, Any]) -> dict[tuple[Any, ...], Any] | ValueError:
-    try:
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []  # not a half written one
-        before, *rows = [json.loads(line) for line in lines] or [settings]
-        for name, value in settings.items():
-            if before.get(name) != value:
-                raise ValueError(f"other settings ({name} {before.get(name)!r}, now {value!r})")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(entry) + "\n" for entry in (before, *rows)))
-        return {tuple(key): value for *key, value in rows}
-    except (ValueError, TypeError, AttributeError, OSError) as error:
-        return ValueError(f"{path} can't be continued: {error}; choose another folder (--out), or "
-                          "remove it")
+Entry = dict[str, Any]  # a line of log.jsonl
+GROUPS = "recall", "icl", "chat", "text", "long", "short"  # of domains, in losses that people see
+WINDOW = 50  # steps that such a loss is a mean of
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -91,38 +45,28 @@ def compare_files(names: str, out: str = "") -> None:
         a, b = a | {"model": f"{a['model']} (A)"}, b | {"model": f"{b['model']} (B)"}
     print(format_comparison(a["model"], b["model"], rows))
     figure = Path(out or paths[1].parent) / f"{paths[0].stem}-{paths[1].stem}.png"
-    drawn = draw_scores([a, b], figure, [(r["task"], r["length"]) for r in rows if r["real"]])
+    drawn = draw_scores([a, b], figure)
     print(f"figure: {figure}" if drawn else "no figure: install the `plots` extra")
 
 
-def draw_evaluation(evaluation: Evaluation, folder: Path) -> bool:
-    """Draw all tasks of an evaluation by length, and one that has depths by depth."""
-    name = evaluation["model"]
-    deep = [r["task"] for r in evaluation["results"] if any(s is not None for s in r["by_depth"])]
-    if deep:
-        task = "recall" if "recall" in deep else deep[0]
-        draw_scores([evaluation], folder / f"{name}-depth.png", deep=task)
-    return draw_scores([evaluation], folder / f"{name}.png")
+def draw_scores(evaluations: Sequence[Evaluation], path: Path, by_depth: bool = False) -> bool:
+    """Draw a panel for each task: score by length, a line a model.
 
-
-def draw_recall(evaluations: Sequence[Evaluation], path: Path) -> bool:
-    """Draw recall by length and depth, or all tasks by length if that is not among them."""
-    tasks = [r["task"] for r in evaluations[0]["results"]]
-    return draw_scores(evaluations, path, deep="recall" if "recall" in tasks else "")
-
-
-def draw_scores(evaluations: Sequence[Evaluation], path: Path,
-                real: Sequence[tuple[str, int]] = (), deep: str = "") -> bool:
-    """Draw a panel for each task: score by length, a line a model, a star at those in `real`.
-
-    With `deep` draw that task alone, and below it a panel a model by length and depth.
+    `by_depth` draws recall alone, or what else has depths, and below it a panel a model by length
+    and depth; nothing if no task has depths.
     """
-    results = [r for r in evaluations[0]["results"] if deep in ("", r["task"])]
+    results = evaluations[0]["results"]
+    if by_depth:
+        deep = [r["task"] for r in results if any(s is not None for s in r["by_depth"])]
+        chosen = "recall" if "recall" in deep else next(iter(deep), "")
+        results = [r for r in results if r["task"] == chosen]
     names = list(dict.fromkeys(r["task"] for r in results))
+    if not names:
+        return False
     lengths = sorted({r["length"] for r in results})
-    columns = len(evaluations) if deep else min(4, len(names))
+    columns = len(evaluations) if by_depth else min(4, len(names))
     cells = names + ["."] * (-len(names) % columns)  # a dot is an empty cell
-    if deep:
+    if by_depth:
         cells = names * columns + [f"depth {i}" for i in range(columns)]
     mosaic = np.reshape(cells, (-1, columns)).tolist()
     figure = new_figure(max(4.5, 3.1 * columns), 0.8 + 2.5 * len(mosaic))
@@ -131,16 +75,14 @@ def draw_scores(evaluations: Sequence[Evaluation], path: Path,
     panels = figure.subplot_mosaic(mosaic)
     for name in names:
         _draw_curves(panels[name], evaluations, name, lengths)
-        for length in [length for task, length in real if task == name]:
-            panels[name].text(lengths.index(length), 1.0, "*", ha="center", va="center")
     panels[names[0]].set_ylabel("score, with 95% interval")
-    for i, evaluation in enumerate(evaluations if deep else []):
-        rows = [r["by_depth"] for r in evaluation["results"] if r["task"] == deep]
+    for i, evaluation in enumerate(evaluations if by_depth else []):
+        rows = [r["by_depth"] for r in evaluation["results"] if r["task"] == names[0]]
         axes = panels[f"depth {i}"]
         image = axes.imshow(np.array(rows, float).T, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
         axes.set_title(f"{evaluation['model']}, by depth", fontsize=9)
         axes.set(yticks=range(5), yticklabels=("0-20%", "20-40%", "40-60%", "60-80%", "80-100%"))
-    if deep:
+    if by_depth:
         figure.colorbar(image, ax=axes, label="score")
     for axes in panels.values():
         axes.set(xticks=range(len(lengths)), xticklabels=map(format_length, lengths))
@@ -169,58 +111,75 @@ def _draw_curves(axes: Any, evaluations: Sequence[Evaluation], task: str,
     axes.grid(alpha=0.3)
 
 
-def format_lengths(lens: np.ndarray) -> str:
-    """Document lengths, and the share of *tokens* in long documents, as in the paper's Table 14.
+def group_losses(entries: Sequence[Entry]) -> dict[str, np.ndarray]:
+    """The loss of each group of domains at each entry, per trained token of the last WINDOW steps.
 
-    The table counts tokens: its ShortMix row is the mean of its parts' rows by shares of tokens.
+    A single step may hold one domain alone. The groups: recall, icl, chat, and the rest, which is
+    "text" beside one of these, else "long" or "short" documents. NaN where nothing was trained.
     """
-    parts = [f">{limit}K {lens[lens > limit * 1024].sum() / lens.sum():.1%}"
-             for limit in (4, 8, 16, 32)]
-    return (f"document lengths: shortest {lens.min():,}, median {int(np.median(lens)):,}, longest "
-            f"{lens.max():,}; tokens in documents {'  '.join(parts)}")
+    totals: dict[str, np.ndarray] = {}  # (entries, 2): sum of losses, trained tokens
+    made_up = any(name.startswith(GROUPS[:3]) for entry in entries for name in entry["domains"])
+    for i, entry in enumerate(entries):
+        for name, numbers in entry["domains"].items():
+            rest = "text" if made_up else "long" if "-" in name else "short"
+            group = next((group for group in GROUPS[:3] if name.startswith(group)), rest)
+            totals.setdefault(group, np.zeros((len(entries), 2)))[i] += numbers
+    for group, total in totals.items():
+        so_far = total.cumsum(axis=0)
+        so_far[WINDOW:] -= so_far[:-WINDOW].copy()
+        totals[group] = so_far[:, 0] / np.where(so_far[:, 1], so_far[:, 1], np.nan)
+    return {group: totals[group] for group in GROUPS if group in totals}
 
 
-def picture(doc_lens: Sequence[int], width: int = 96) -> str:
-    """A packed sequence as a line, a letter a document: "aaabbbcc". The shortest do not show."""
-    ends = np.cumsum(doc_lens)
-    columns = (np.arange(width) + 0.5) * ends[-1] / width
-    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
-    return "".join(letters[np.searchsorted(ends, columns, side="right") % 26])
+def format_losses(entries: Sequence[Entry]) -> str:
+    """The last of `group_losses`: "recall 0.012, icl 1.31"."""
+    last = {group: losses[-1] for group, losses in group_losses(entries).items()}
+    return ", ".join(f"{group} {loss:.3g}" for group, loss in last.items() if loss == loss)
 
 
-def draw_packed(folder: Path, seq_len: int, first: Sequence[Sequence[int]],
-                lens: np.ndarray) -> Path | None:
-    """Draw some sequences, and the histogram of all lengths, into `folder`/documents.png."""
-    figure = new_figure(10, 5)
-    if figure is None:
-        return None
-    rows, histogram = figure.subplots(2, 1, height_ratios=(3, 2))
-    for i, doc_lens in enumerate(first):
-        spans = list(zip(np.cumsum([0, *doc_lens]).tolist(), doc_lens, strict=False))
-        colors = [f"C{k % 10}" for k in range(len(spans))]
-        rows.broken_barh(spans, (i - 0.4, 0.8), facecolors=colors)
-    rows.set(xlim=(0, seq_len), xlabel="token", ylabel="sequence", yticks=range(len(first)),
-             title=f"{folder.name}: a color a document")
-    rows.invert_yaxis()
-    edges = 2.0 ** np.arange(np.floor(np.log2(lens.min())), np.log2(lens.max()) + 1.01)
-    histogram.hist(lens, bins=edges.tolist(), weights=lens / lens.sum())
-    histogram.set(xlabel="tokens of a document", ylabel="share of tokens")
-    histogram.set_xscale("log", base=2)
-    figure.savefig(folder / "documents.png")
-    return folder / "documents.png"
+def draw_losses(folder: Path) -> bool:
+    """Draw a run's figures/loss.png: the groups' losses, and recall at the stages' lengths.
 
+    Recall is that of eval/*.json and of --eval-every, of json_kv in text. It is drawn at all
+    lengths that were evaluated if no stage's is among them.
+    """
+    figure, path = new_figure(9, 6), folder / "log.jsonl"
+    if figure is None or not path.exists():  # nothing is trained yet
+        return False
+    log = [json.loads(line) for line in path.read_text().splitlines()]
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    curves, ends = {}, {}
+    for stage, of_stage in groupby(log, lambda entry: entry["stage"]):
+        entries = list(of_stage)
+        x = [entry["tokens_seen"] for entry in entries]
+        for group, losses in group_losses(entries).items():
+            curves[group], = above.plot(x, losses, color=f"C{GROUPS.index(group)}")
+        above.annotate(stage, (x[0], 1.02), xycoords=above.get_xaxis_transform())
+        for axes in (above, below):
+            axes.axvline(x[-1], color="gray", linewidth=1)
+        ends[stage] = x[-1]
 
-def print_tokens(tokenizer: Any, ids: Iterable[int], stop: int, n_prompt: int) -> None:
-    """Print the text of tokens as they come, but not `stop`; then to stderr how fast they came."""
-    letters = codecs.getincrementaldecoder("utf-8")("replace")  # a letter may take several tokens
-    times = [time.monotonic()]
-    for i in ids:
-        times.append(time.monotonic())
-        if i < tokenizer.vocab_size and i != stop:  # a model's table may have more rows than that
-            piece = tokenizer.encoding.decode_single_token_bytes(i)
-            print(letters.decode(piece), end="", flush=True)
-    print(letters.decode(b"", final=True))
-    read_s, write_s, n = times[1] - times[0], times[-1] - times[1], len(times) - 1
-    speed = f", {(n - 1) / write_s:,.1f} tok/s after the first" if n > 1 else ""
-    print(f"{n_prompt:,} tokens read in {read_s:.2f} s, {n_prompt / read_s:,.0f} tok/s; "
-          f"{n:,} written{speed}", file=sys.stderr)
+    points: list[tuple[int, str, int, float]] = []  # length, task, tokens seen, score
+    for path in (folder / "eval").glob("*.json"):
+        evaluation = json.loads(path.read_text())
+        points += [(r["length"], r["task"], ends.get(evaluation["model"], 0), r["score"])
+                   for r in evaluation["results"]]
+    for entry in log:
+        for name, score in entry.get("eval", {}).items():
+            task, length = name.split("@")
+            points.append((parse_length(length), task, entry["tokens_seen"], score))
+    points = sorted(point for point in points if point[1] in ("recall", "json_kv"))
+    trained = {entry["seq_len"] for entry in log} & {length for length, *_ in points}
+    below.set_prop_cycle(color=("black", "gray", "teal", "olive"))  # not those of the groups
+    for length, of_length in groupby(points, lambda point: point[0]):
+        if length in trained or not trained:
+            seen, scores = zip(*(point[2:] for point in of_length), strict=True)
+            below.plot(seen, scores, "o-", markersize=4, label=f"at {format_length(length)}")
+    above.set(yscale="log", ylabel=f"loss (mean of {WINDOW} steps)")
+    above.legend(curves.values(), curves.keys(), fontsize=8)
+    below.set(ylim=(-0.03, 1.05), ylabel="recall", xlabel="tokens trained on (millions)")
+    below.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1e6:g}")
+    below.legend(fontsize=8)
+    (folder / "figures").mkdir(exist_ok=True)
+    figure.savefig(folder / "figures" / "loss.png")
+    return True

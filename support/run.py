@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from support.files import read_json, write_json
+from support.report import WINDOW, draw_losses, format_losses
 
 STATE = {"stage": str, "step": int, "steps": int, "tokens_seen": int, "drawn": dict,
          "fingerprint": dict, "files": dict}
@@ -56,14 +57,16 @@ def make_run_folder(config: Any, default: str, parallel: Any) -> Path:
 
 
 class Log:
-    """log.jsonl, and a line for people now and then. Only the main rank writes."""
+    """log.jsonl, a line for people now and then, a figure. Only the main rank writes."""
 
     def __init__(self, folder: Path, main: bool, tokens_seen: int = 0) -> None:
         """Begin a log, or go on after `tokens_seen`: steps logged later will be trained again."""
         self.path, self.main, self.printed_at = folder / "log.jsonl", main, 0.0
+        self.recent: list[dict[str, Any]] = []  # the stage's last entries
         if main and self.path.exists():
             *lines, _half = self.path.read_text().split("\n")
             kept = [line for line in lines if json.loads(line)["tokens_seen"] <= tokens_seen]
+            self.recent = [json.loads(line) for line in kept[-WINDOW:]]
             aside = self.path.with_suffix(".writing")
             aside.write_text("".join(f"{line}\n" for line in kept))
             aside.replace(self.path)
@@ -74,13 +77,18 @@ class Log:
             return
         with open(self.path, "a") as file:
             file.write(json.dumps(entry) + "\n")
+        of_stage = [each for each in self.recent if each["stage"] == entry["stage"]]
+        self.recent = [*of_stage, entry][-WINDOW:]
+        if "eval" in entry:
+            draw_losses(self.path.parent)
         if entry["step"] in (1, steps) or time.monotonic() > self.printed_at + 10:
             self.printed_at = time.monotonic()
             each = f" ({entry['tok_per_s'] / ranks:,.0f} a rank)" if ranks > 1 else ""
-            print(f"{entry['stage']} step {entry['step']}/{steps} | loss {entry['loss']:.4f} | "
-                  f"lr {entry['lr']:.1e} | norm {entry['grad_norm']:.2f} | "
-                  f"valid_tokens {entry['valid_tokens']:,} | tok/s {entry['tok_per_s']:,.0f}{each} "
-                  f"| mfu {entry['mfu']:.1%} | mem {entry['mem_gib']:.2f} GiB | "
+            print(f"{entry['stage']} step {entry['step']}/{steps} | loss: "
+                  f"{format_losses(self.recent)} | lr {entry['lr']:.1e} | "
+                  f"norm {entry['grad_norm']:.2f} | {entry['valid_tokens']:,} tokens trained | "
+                  f"tok/s {entry['tok_per_s']:,.0f}{each} | mfu {entry['mfu']:.1%} | "
+                  f"mem {entry['mem_gib']:.2f} GiB | "
                   f"eta {entry['time_s'] * (steps - entry['step']):,.0f} s", flush=True)
 
 

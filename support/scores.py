@@ -136,6 +136,30 @@ def format_table(evaluations: Sequence[dict[str, Any]]) -> str:
     return align(table)
 
 
+def cut_around(ids: np.ndarray, depth: float | None) -> np.ndarray:
+    """The part of a context to show with a question: what stands around the answer."""
+    at = int((depth or 0) * len(ids))
+    return ids[max(0, at - 30):at + 40]
+
+
+def format_recall(evaluation: dict[str, Any]) -> str:
+    """One question at recall's shortest length and one at its longest, and what the model wrote."""
+
+    def plain(text: str) -> str:  # "a<|pair|><|Q|><|X|>b" -> "a ~QX b"
+        text = re.sub(r"<\|pair\|>((<\|\w\|>)*)", r" ~\1 ", text).replace("<|ask|>", "?")
+        return " ".join(re.sub(r"<\|(\w)\|>", r"\1", text).split())
+
+    rows = [row for row in evaluation["results"] if row["task"] == "recall"]
+    lines = ["\nIn the context ~KABCD is a pair of key K and value ABCD; ?K asks for the value."]
+    for row in rows[:1] + rows[-1:]:
+        asked = row["predictions"][len(row["predictions"]) // 2]
+        verdict = "right" if asked["score"] == 1 else f"wrong, it is {plain(asked['answers'][0])}"
+        lines += [f"{row['length']:>6,} tokens: ... {plain(asked.get('around', ''))} ...",
+                  f"     question: {plain(asked['prompt'])}",
+                  f"       answer: {plain(asked['written'])}  {verdict}"]
+    return "\n".join(lines) if rows else ""
+
+
 def save_evaluation(evaluation: dict[str, Any], folder: Path) -> None:
     """Write `folder`/<model>.json, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ import data
 import model
 from data import PackConfig, PackedDataset, PackReport, TokenizeConfig, load_tokenizer, tokenize
 from support import inspect as show
-from support import mds, report, texts
+from support import mds, texts
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "mds"))
@@ -53,7 +53,6 @@ def write_table(path: Path, texts, column: str = "text") -> Path:
 @pytest.fixture(autouse=True)
 def no_figures_and_no_disk(monkeypatch):
     """Figures, and waiting for the disk, are tried with `pack` as typed, in test_data.py."""
-    monkeypatch.setattr(show, "draw_packed", lambda *args: None)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
@@ -481,10 +480,10 @@ def test_inspect_a_root_and_a_folder_without_its_tokenizer(tmp_path, capsys):
 
 def test_lengths_and_picture_by_hand():
     """Half of the tokens in a document of more than 4K; a letter a document, in proportion."""
-    line = report.format_lengths(np.array([5000, 4000, 1000]))
+    line = show.format_lengths(np.array([5000, 4000, 1000]))
     assert "shortest 1,000, median 4,000, longest 5,000" in line and ">4K 50.0%  >8K 0.0%" in line
-    assert report.picture((4, 2, 2), width=8) == "aaaabbcc"
-    assert report.picture((1,) * 30, width=30) == "abcdefghijklmnopqrstuvwxyzabcd"
+    assert show.picture((4, 2, 2), width=8) == "aaaabbcc"
+    assert show.picture((1,) * 30, width=30) == "abcdefghijklmnopqrstuvwxyzabcd"
 
 
 # --- 6. From end to end ---------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from test_data import TOKENIZER, byte_tokenizer
 import eval as evaluation
 from eval import Example, Question
 from model import Transformer, init_parallel, preset_config, save_pretrained
-from support import tasks, toy
+from support import scores, tasks, toy
 
 TEXT = evaluation.GROUPS["text"]
 TOKENS = ["recall_bare", "recall", "icl"]
@@ -390,6 +390,12 @@ def test_command_line_writes_results_and_pictures(model, tmp_path, monkeypatch, 
     for row in saved["results"]:
         assert 0 <= row["low"] <= row["score"] <= row["high"] <= 1
         assert len(row["predictions"]) == row["n"] and {"task", "length", "chance"} <= row.keys()
+    shown = scores.format_recall(saved)
+    for row, lines in zip(saved["results"], shown.split("tokens: ")[1:], strict=False):
+        asked = row["predictions"][len(row["predictions"]) // 2]
+        key, value = asked["prompt"][-3], re.sub(r"\W", "", asked["answers"][0])
+        assert f" ~{key}{value} " in lines and f"question: ?{key}\n" in lines
+        assert ("right" in lines) == (asked["score"] == 1)
     for name in ("model.png", "model-depth.png"):
         assert (tmp_path / "model" / "eval" / name).stat().st_size > 10_000
 

@@ -163,8 +163,17 @@ def compare_with_reference(case: Case, parallel: Parallel, per_batch: int = 1) -
     model = train.shard_model(make_model(case.heads, case.tied), parallel, torch.float64)
     catcher = Catcher(model)
     batches = deal(sequences, parallel, per_batch)
-    result = train.train_step(model, catcher, batches, 0.0, parallel, math.inf)
-    return {"loss": abs(result.loss - loss) / (loss or 1.0),
+    dealt = [s for ranks in arrange_step(sequences, parallel.dp_size, per_batch)
+             for part in ranks for s in part]
+    names = [f"domain {s.source}" for s in dealt]  # each sequence is a domain of its own
+    result = train.train_step(model, catcher, batches, 0.0, parallel, math.inf,
+                              [f"{name}[0]" for name in names])
+    plain, by_domain = make_model(case.heads, case.tied, backend="reference"), {}
+    for name, batch in zip(names, [make_batch([s]) for s in dealt], strict=True):
+        loss_sum, n = plain.loss(batch.input_ids, batch.labels, batch.doc_lens)
+        by_domain[name] = abs(result.domains[name][0] - float(loss_sum)) / (float(loss_sum) or 1.0)
+        assert result.domains[name][1] == n
+    return {"loss": abs(result.loss - loss) / (loss or 1.0), **by_domain,
             "grad_norm": abs(result.grad_norm - float(norm)) / (float(norm) or 1.0),
             **{name: difference(catcher.gradients[name], g) for name, g in gradients.items()}}
 
@@ -316,8 +325,8 @@ def check_divergence(poison: str, parallel: Parallel) -> dict[str, object]:
     before = whole_state(model, optimizer)
     real, calls = model.loss, []
 
-    def poisoned(*args: object) -> tuple[Tensor, Tensor]:
-        loss, valid = real(*args)
+    def poisoned(*args: object, **options: object) -> tuple[Tensor, Tensor]:
+        loss, valid = real(*args, **options)
         calls.append(loss)
         if len(calls) == 2 and parallel.rank == parallel.world_size - 1:
             if POISONS[poison] is None:  # the loss stays a number

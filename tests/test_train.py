@@ -19,6 +19,7 @@ import eval as evaluation
 import model as model_module
 import train
 from experiments import tiny_seeds
+from support import report
 from train import RECIPES, Stage, TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -136,6 +137,11 @@ def test_resumed_is_uninterrupted(tmp_path, three_stages):
     log.write_text("".join(lines[:7]) + lines[7][:20])
     train.train(TrainConfig(resume=str(stopped)))
     assert read_log(whole) == read_log(stopped) and len(read_log(whole)) == 12
+    for row in read_log(whole):
+        assert row["domains"].keys() <= {"recall_bare-256", "icl-128", "short"}
+        loss_sums, counts = zip(*row["domains"].values(), strict=True)
+        assert sum(loss_sums) / sum(counts) == pytest.approx(row["loss"], rel=1e-12)
+        assert sum(counts) == row["valid_tokens"]
     for path in (whole / "checkpoints").iterdir():
         if path.name not in ("base-2", "base-4", "long-2"):
             assert_same(weights(path), weights(stopped / "checkpoints" / path.name))
@@ -152,6 +158,40 @@ def test_an_evaluation_between_steps_leaves_no_trace(tmp_path):
     for name in ("base-2", "base-4"):
         before, after = (weights(folder / "checkpoints" / name) for folder in (plain, evaluated))
         assert_same(before, after)
+
+
+def test_the_printed_loss_is_a_mean_by_group(tmp_path, capsys):
+    """The line shows each group's loss over the last steps, not that of the one step."""
+    log = read_log(run(tmp_path / "run", mix="recall-256=0.5,recall_bare-256=0.2,icl-256=0.3"))
+    pairs = [p for row in log for name, p in row["domains"].items() if name.startswith("recall")]
+    mean, said = sum(p[0] for p in pairs) / sum(p[1] for p in pairs), capsys.readouterr().out
+    assert f"step 4/4 | loss: recall {mean:.3g}, icl" in said and "; activations kept" in said
+    assert "4 steps of 1,024 tokens, in sequences of 256; RoPE's theta 10,000\n" in said
+
+
+def test_loss_png_draws_the_log_and_the_evaluations(tmp_path, monkeypatch):
+    """Groups by tokens with a border after each stage, and recall at the stages' lengths."""
+    log = [{"stage": stage, "seq_len": seq_len, "tokens_seen": tokens, "domains": domains}
+           for stage, seq_len, tokens, domains in (
+               ("base", 256, 10, {"recall-256": [8.0, 2]}),
+               ("base", 256, 20, {"recall_bare-256": [1.0, 1], "short": [3.0, 1]}),
+               ("long", 2048, 40, {"code_repos-2k": [5.0, 5], "recall-2k": [1.0, 2]}))]
+    log[1]["eval"] = {"recall@256": 0.25, "icl@256": 0.9}
+    rows = [{"task": task, "length": length, "score": 0.5}
+            for task in ("recall", "icl") for length in (256, 512, 2048)]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "long.json").write_text(json.dumps({"model": "long", "results": rows}))
+    figure = report.new_figure(9, 6)
+    monkeypatch.setattr(report, "new_figure", lambda *size: figure)
+    assert report.draw_losses(tmp_path)
+    assert (tmp_path / "figures" / "loss.png").stat().st_size > 10_000
+    above, below = figure.axes
+    curves = [line.get_xydata().tolist() for line in above.lines]
+    for curve in ([[10, 4], [20, 3]], [[40, 0.5]], [[40, 1]], [[20, 0], [20, 1]]):
+        assert curve in curves  # recall of base and of long, text of long, the border after base
+    points = {line.get_label(): line.get_xydata().tolist() for line in below.lines[2:]}
+    assert points == {"at 256": [[20, 0.25], [40, 0.5]], "at 2k": [[40, 0.5]]}
 
 
 def test_a_checkpoint_without_moments_gets_no_name(tmp_path):
@@ -185,8 +225,7 @@ def test_a_diverging_run_stops_and_names_its_sequences(tmp_path, monkeypatch):
     honest, calls = model_module.chunked_cross_entropy, count(1)
 
     def poisoned(*args):
-        total, valid = honest(*args)
-        return total * (math.inf if next(calls) == 4 else 1), valid
+        return honest(*args) + (math.inf if next(calls) == 4 else 0)
 
     monkeypatch.setattr(model_module, "chunked_cross_entropy", poisoned)
     words = r"stage base step 4: loss is inf.*recall_bare-256\[\d+\]"
