@@ -57,7 +57,7 @@ add_config_args, format_length = cli.add_config_args, cli.format_length  # publi
 parse_mixture, tokenizer_files = cli.parse_mixture, tokenizers.tokenizer_files
 IGNORE_INDEX = -100  # the label of a token that is not trained on
 
-# --- 1. Packing -----------------------------------------------------------------------------------
+# --- 1. Packing -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _mask_of(part: Document | PackedSequence) -> np.ndarray:
     return np.ones(len(part.input_ids), bool) if part.loss_mask is None else part.loss_mask
 
 
-# --- 2. Packed sequences on disk ------------------------------------------------------------------
+# --- 2. Packed sequences on disk --------------------------------------------------------
 #
 #     packs/code_repos-2k/
 #         input_ids.bin   uint32 (sequences, seq_len)    plain memory maps: numpy alone reads them
@@ -284,7 +284,7 @@ class PackedDataset:
             raise ValueError(f"{self.folder} is not as it was packed: sha256 differs; pack again")
 
 
-# --- 3. The mixture -------------------------------------------------------------------------------
+# --- 3. The mixture ---------------------------------------------------------------------
 
 
 class Mixture:
@@ -336,7 +336,7 @@ def _permutation(seed: int, name: str, epoch: int, n: int) -> np.ndarray:
     return generator(seed, name, epoch).permutation(n)
 
 
-# --- 4. Batches -----------------------------------------------------------------------------------
+# --- 4. Batches -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -387,7 +387,7 @@ def arrange_step(sequences: Sequence[PackedSequence], dp_size: int, per_batch: i
     return [parts[i:i + dp_size] for i in range(0, len(parts), dp_size)]
 
 
-# --- 5. Text becomes documents --------------------------------------------------------------------
+# --- 5. Text becomes documents ----------------------------------------------------------
 
 
 class Tokenizer(tokenizers.Tokenizer):
@@ -421,7 +421,7 @@ def tokenizer_for(model_folder: str | Path, spec: str) -> Tokenizer:
     return tokenizer
 
 
-# --- 6. Domains that need no download -------------------------------------------------------------
+# --- 6. Domains that need no download ---------------------------------------------------
 #
 # Real text first: the code and prose of the installed Python (section 3.1). Then synthetic domains
 # that teach a tiny model what a released checkpoint already knows: to look things up (recall), and
@@ -561,7 +561,7 @@ def pack_domain(folder: str | Path, domain: str, n: int, tokenizer: Tokenizer, s
     write_packed(folder, sequences, tokenizer, seq_len, domain, seed, report)
 
 
-# --- 7. Text from outside -------------------------------------------------------------------------
+# --- 7. Text from outside ---------------------------------------------------------------
 
 
 def tokenize(config: TokenizeConfig) -> None:
@@ -615,7 +615,7 @@ def pack_mds(folder: str | Path, seq_len: int, report: PackReport) -> Iterator[P
         yield PackedSequence(ids, doc_lens, mask)
 
 
-# --- 8. The command line --------------------------------------------------------------------------
+# --- 8. The command line ----------------------------------------------------------------
 
 
 @dataclass(frozen=True)

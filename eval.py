@@ -56,7 +56,7 @@ from support.files import open_record
 from support.report import compare_files, draw_scores
 from support.scores import cut_around, format_table, save_evaluation
 
-# --- 1. What a task is ----------------------------------------------------------------------------
+# --- 1. What a task is ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Task:
     only_length: int | None = None  # of a task that has one length
 
 
-# --- 2. Recall and ICL in special tokens ----------------------------------------------------------
+# --- 2. Recall and ICL in special tokens ------------------------------------------------
 #
 # support/toy.py draws the documents that the tiny recipe trains on. Here the haystack is
 # held-out code, and we ask each question on its own.
@@ -163,7 +163,7 @@ def icl_examples(tokenizer: Tokenizer, length: int, n: int, questions: int,
     return examples
 
 
-# --- 3. Tasks in text -----------------------------------------------------------------------------
+# --- 3. Tasks in text -------------------------------------------------------------------
 #
 # support/tasks.py draws examples as text, support/fitting.py finds the size that fills the length
 # and makes them tokens, support/scores.py scores answers as HELMET and RULER do.
@@ -246,7 +246,7 @@ def find_task(name: str) -> Task:
     return file_task(Path(name)) if name.endswith(".jsonl") else choose("task", name, TASKS)
 
 
-# --- 4. Asking the model --------------------------------------------------------------------------
+# --- 4. Asking the model ----------------------------------------------------------------
 
 
 def answer_questions(model: Transformer, tokenizer: Tokenizer, example: Example, exact: bool,
@@ -324,7 +324,7 @@ def questions_each(task: Task, length: int, per_context: int) -> int:
     return task.shared if task.exact else max(1, min(per_context, task.shared, length // 256))
 
 
-# --- 5. How sure a score is -----------------------------------------------------------------------
+# --- 5. How sure a score is -------------------------------------------------------------
 
 
 def wilson_interval(correct: float, n: float) -> tuple[float, float]:
@@ -349,7 +349,7 @@ def interval(contexts: Sequence[Sequence[float]]) -> tuple[float, float]:
     return wilson_interval(p * independent, independent)
 
 
-# --- 6. Bits per byte -----------------------------------------------------------------------------
+# --- 6. Bits per byte -------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -436,7 +436,7 @@ def join_answers(tokenizer: Tokenizer, example: Example,
     return np.concatenate(ids).astype(np.uint32), np.concatenate(answer_of)
 
 
-# --- 7. A whole evaluation: every task at every length --------------------------------------------
+# --- 7. A whole evaluation: every task at every length ----------------------------------
 
 
 @dataclass(frozen=True)
@@ -506,7 +506,7 @@ def evaluate(model: Transformer, config: EvalConfig, name: str, parallel: Parall
     return {"model": name, "settings": settings, "results": results, "bits_per_byte": bits}
 
 
-# --- 8. The command line --------------------------------------------------------------------------
+# --- 8. The command line ----------------------------------------------------------------
 
 
 def continue_text(model: Transformer, config: EvalConfig) -> None:

@@ -67,7 +67,7 @@ from support.machine import flops_per_step as flops_per_step
 
 IGNORE_INDEX = -100  # a label that is not trained on; the value PyTorch's cross_entropy skips
 
-# --- 1. Configuration -----------------------------------------------------------------------------
+# --- 1. Configuration -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def preset_config(name: str, vocab_size: int) -> ModelConfig:
     return ModelConfig(**{**preset, "vocab_size": preset["vocab_size"] or vocab_size})
 
 
-# --- 2. RoPE, and how to stretch it ---------------------------------------------------------------
+# --- 2. RoPE, and how to stretch it -----------------------------------------------------
 #
 # RoPE turns each pair of dimensions of a query or key by position * frequency, so that their
 # product depends only on the distance between the two tokens. A larger base theta slows all
@@ -175,7 +175,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated.to(x.dtype)
 
 
-# --- 3. Attention within documents ----------------------------------------------------------------
+# --- 3. Attention within documents ------------------------------------------------------
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor,
@@ -251,7 +251,7 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_
     return attend(q, k, v, cu_seqlens, max_seqlen)
 
 
-# --- 4. The Transformer ---------------------------------------------------------------------------
+# --- 4. The Transformer -----------------------------------------------------------------
 #
 # Modules have Hugging Face's names, so that a checkpoint needs no translation.
 
@@ -431,7 +431,7 @@ class Transformer(nn.Module):
                 setattr(block, half, torch.compile(getattr(block, half), dynamic=True))
 
 
-# --- 5. The loss, and what is kept for backward ---------------------------------------------------
+# --- 5. The loss, and what is kept for backward -----------------------------------------
 #
 # Backward needs what forward computed. At 64K tokens a rank, keeping it all takes 20 times the
 # memory of the weights (docs/512K.md). Each option computes something twice instead; none changes
@@ -475,7 +475,7 @@ def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
 
 
-# --- 6. Many ranks: Parallel and the Ulysses exchange ---------------------------------------------
+# --- 6. Many ranks: Parallel and the Ulysses exchange -----------------------------------
 #
 # Ranks form a grid (dp, sp). The sp ranks of a row hold consecutive parts of one sequence; rows
 # hold different sequences. Every layer but attention needs only its own tokens. For attention,
@@ -633,7 +633,7 @@ def layout_pack(doc_lens: Sequence[int], n_tokens: int, device: torch.device,
                       to_device(torch.from_numpy(cu_seqlens), device), int(lens.max()), group)
 
 
-# --- 7. Generation --------------------------------------------------------------------------------
+# --- 7. Generation ----------------------------------------------------------------------
 #
 # A new token attends to all tokens before it, so we keep their keys and values (the KV cache).
 # Several questions about one context share its part:
@@ -774,7 +774,7 @@ def generate(model: Transformer, prompt_ids: Sequence[int], max_new_tokens: int,
     return list(stream(model, prompt_ids, max_new_tokens, stop_ids, **options))
 
 
-# --- 8. Weights in and out: a Hugging Face folder -------------------------------------------------
+# --- 8. Weights in and out: a Hugging Face folder ---------------------------------------
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -846,7 +846,7 @@ def save_pretrained(model: Transformer, folder: str | Path) -> None:
         write_model(model, aside)
 
 
-# --- 9. Command line ------------------------------------------------------------------------------
+# --- 9. Command line --------------------------------------------------------------------
 
 
 def info(name: str, length: int = 8192) -> None:

@@ -48,7 +48,7 @@ from support.cli import choose, print_tokens
 from support.texts import SUFFIXES, read_rows
 from train import Run, RunConfig, Stage
 
-# --- 1. A conversation becomes a document ---------------------------------------------------------
+# --- 1. A conversation becomes a document -----------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def encode_text(tokenizer: Tokenizer, form: ChatTemplate,
     return ids[:n_gap], ids[n_gap:]
 
 
-# --- 2. Conversations -----------------------------------------------------------------------------
+# --- 2. Conversations -------------------------------------------------------------------
 #
 # support/chats.py reads conversations from files. Without a file we ask five kinds of question that
 # every Python installation can answer:
@@ -190,7 +190,7 @@ def score_answers(model: Transformer, tokenizer: Tokenizer, template: str, n: in
     return rows
 
 
-# --- 3. The stage ---------------------------------------------------------------------------------
+# --- 3. The stage -----------------------------------------------------------------------
 
 STAGES = {  # stages like those of train.RECIPES; the RoPE base stays the model's
     "tiny": Stage("sft", 16_384, None, {"chat": 0.67, "recall-16k": 0.33}, tokens=210 * 16_384,
@@ -291,7 +291,7 @@ def fine_tune(config: SftConfig) -> Path:
     return run.folder
 
 
-# --- 4. Talk to it --------------------------------------------------------------------------------
+# --- 4. Talk to it ----------------------------------------------------------------------
 
 
 def answer(model: Transformer, tokenizer: Tokenizer, messages: Sequence[Message], template: str,

@@ -60,7 +60,7 @@ from support.options import RunConfig, TrainConfig
 from support.report import draw_losses, draw_scores
 from support.run import Diverged, config_to_resume, fail_together, read_state, run_and_exit
 
-# --- 1. Recipes -----------------------------------------------------------------------------------
+# --- 1. Recipes -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,8 @@ ABLATION = [
 RECIPES = {"tiny": TINY, "prolong": PROLONG, "ablation": ABLATION}
 
 
-def stage_at_length(stage: Stage, seq_len: int, head_dim: int) -> Stage:
-    """The same stage at another length. Its longest documents follow it, and theta the NTK rule."""
+def stage_at_length(stage: Stage, seq_len: int, head_dim: int, sequences: int = 1) -> Stage:
+    """The stage at another length, and its longest documents; theta by the NTK rule."""
     mixture: dict[str, float] = {}
     for domain, share in stage.mixture.items():
         kind = data.parse_domain(domain)
@@ -150,22 +150,24 @@ def stage_at_length(stage: Stage, seq_len: int, head_dim: int) -> Stage:
     theta = stage.rope_theta
     if theta is not None and seq_len > stage.seq_len:
         theta = llama.ntk_rope_theta(theta, stage.seq_len, seq_len, head_dim)
-    batch_tokens = math.ceil(stage.batch_tokens / seq_len) * seq_len
+    batch_tokens = max(sequences, math.ceil(stage.batch_tokens / seq_len)) * seq_len
     return replace(stage, seq_len=seq_len, mixture=mixture, rope_theta=theta,
                    batch_tokens=batch_tokens, tokens=stage.steps * batch_tokens)
 
 
-# --- 2. Which stages a command runs ---------------------------------------------------------------
+# --- 2. Which stages a command runs -----------------------------------------------------
 
 
-def choose_stages(config: TrainConfig, head_dim: int) -> list[Stage]:
+def choose_stages(config: TrainConfig, shape: ModelConfig) -> list[Stage]:
     """The recipe's stages, changed as the command says; with `--seq` its last one alone."""
     stages = choose("recipe", config.recipe, RECIPES)
     if config.stage:
         by_name = {stage.name: stage for stage in stages}
         stages = [choose(f"stage of recipe {config.recipe}:", config.stage, by_name)]
-    if config.seq:
-        stages = [stage_at_length(stages[-1], config.seq, head_dim)]
+    if config.seq:  # a sequence for as many ranks as can share it
+        world = config.world_size or int(os.environ.get("WORLD_SIZE", 1))
+        most = llama.valid_seq_parallel_sizes(shape.n_heads, shape.n_kv_heads)[-1]
+        stages = [stage_at_length(stages[-1], config.seq, shape.head_dim, world // most)]
     if config.mix and config.short_mix:
         raise ValueError("--mix gives the whole mixture; drop --short-mix")
     chosen = []
@@ -191,7 +193,7 @@ def scheduled(stage: Stage, config: RunConfig) -> Stage:
     return replace(stage, batch_tokens=batch_tokens, tokens=tokens)
 
 
-# --- 3. From a stage to each rank's micro-batches -------------------------------------------------
+# --- 3. From a stage to each rank's micro-batches ---------------------------------------
 
 
 @dataclass(frozen=True)
@@ -289,7 +291,7 @@ def load_steps(mixture: Mixture, steps: int, layout: StepLayout, parallel: Paral
             yield loaded
 
 
-# --- 4. Memory, and the model over the ranks ------------------------------------------------------
+# --- 4. Memory, and the model over the ranks --------------------------------------------
 
 MEMORY_OPTIONS = (  # from the fastest to the smallest
     MemoryOptions(),
@@ -350,7 +352,7 @@ def learning_rate(stage: Stage, step: int) -> float:
     return stage.min_lr + 0.5 * (stage.lr - stage.min_lr) * (1 + math.cos(math.pi * done))
 
 
-# --- 5. The step ----------------------------------------------------------------------------------
+# --- 5. The step ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -407,7 +409,7 @@ def sum_by_sequence(values: list[Tensor], batch: Batch, parallel: Parallel) -> T
     return parallel.all_sum(whole.view(-1, seq_len).sum(dim=1, dtype=torch.float64))
 
 
-# --- 6. Checkpoints -------------------------------------------------------------------------------
+# --- 6. Checkpoints ---------------------------------------------------------------------
 #
 # A checkpoint is a Hugging Face folder with Adam's moments in optimizer/ and with state.json (see
 # support/run.py). There is no random state to save: the seed and `drawn`, how far each domain was
@@ -481,7 +483,7 @@ def initial_weights(config: RunConfig) -> tuple[Path | None, dict[str, Any] | No
     return source, read_state(source) if (source / "state.json").exists() else None
 
 
-# --- 7. The run: for each stage, for each step ----------------------------------------------------
+# --- 7. The run: for each stage, for each step ------------------------------------------
 
 SAVE_SECONDS = 1800  # between checkpoints, without --save-every
 
@@ -519,7 +521,7 @@ def train(config: TrainConfig) -> Path:
     else:
         vocab_size = data.load_tokenizer(config.tokenizer).vocab_size
         model = Transformer(llama.preset_config(config.model, vocab_size)).init_weights(config.seed)
-    stages = choose_stages(config, model.config.head_dim)
+    stages = choose_stages(config, model.config)
     resumed = state if config.resume else None  # of its stage resumed["step"] steps are done
     first = [stage.name for stage in stages].index(resumed["stage"]) if resumed else 0
     with start_run(config, f"runs/{config.recipe}", model, stages, source, state) as run:
@@ -633,8 +635,7 @@ def log_step(run: Run, stage: Stage, step: int, result: StepResult,
     crossing = [llama.crosses_ranks(batch.doc_lens, parallel.sp_size) for batch in batches]
     run.log.write({"stage": stage.name, "step": step + 1, "seq_len": stage.seq_len,
                    **asdict(result), "lr": learning_rate(stage, step),
-                   "tokens_seen": run.tokens_seen,
-                   "sp_exchanged": sum(crossing) / len(crossing),
+                   "tokens_seen": run.tokens_seen, "sp_exchanged": sum(crossing) / len(crossing),
                    "tok_per_s": stage.batch_tokens / seconds, "mfu": flops / seconds / peak,
                    "mem_gib": memory.memory_gib(parallel.device), "time_s": seconds, **quick},
                   stage.steps, parallel.world_size)
@@ -664,7 +665,7 @@ def evaluate_checkpoint(run: Run, name: str, checkpoint: Path,
     dist.barrier()
 
 
-# --- 8. How a run begins, and the command ---------------------------------------------------------
+# --- 8. How a run begins, and the command -----------------------------------------------
 
 
 @contextmanager
@@ -680,9 +681,8 @@ def start_run(config: RunConfig, default_out: str, model: Transformer, stages: S
     parallel = llama.init_parallel(sp_size)
     dtype, why = dtype_for(config.dtype, parallel.device, shape.dim)
 
-    model.backend, backend = config.attention, config.attention
-    if backend == "auto":
-        backend = llama.backend_for(parallel.device, dtype)
+    auto = config.attention == "auto"
+    model.backend = llama.backend_for(parallel.device, dtype) if auto else config.attention
     if config.compile == "on" or (config.compile == "auto" and parallel.device.type == "cuda"):
         model.compile_blocks()  # on a CPU only if asked: it needs a C++ compiler
     if not source:
@@ -701,7 +701,7 @@ def start_run(config: RunConfig, default_out: str, model: Transformer, stages: S
     with runs.stop_on_signals(folder) as stop:
         run = Run(config, folder, parallel, tokenizer, model, optimizer, dtype, log, stop, seen)
         run.print0(f"run folder: {folder}; torch {torch.__version__}; {parallel.device}\n"
-                   f"compute in {str(dtype)[6:]} ({why}), attention by {backend}")
+                   f"compute in {str(dtype)[6:]} ({why}), attention by {model.backend}")
         if source and state:
             load_checkpoint(source, model, optimizer)
         how = "with Adam's moments" if state else "weights alone"
@@ -713,7 +713,7 @@ def print_plan(config: TrainConfig) -> None:
     """Whether each stage fits the ranks asked for, and how long it takes."""
     world = config.world_size or 1
     shape = llama.preset_config(config.model, data.load_tokenizer(config.tokenizer).vocab_size)
-    for stage in choose_stages(config, shape.head_dim):
+    for stage in choose_stages(config, shape):
         sp = config.seq_parallel_size or default_seq_parallel_size(shape, stage, world)
         chosen, _ = memory_options_for(config, shape, stage.seq_len // sp, world, 2,
                                        memory.GPU_BYTES, "cuda")
