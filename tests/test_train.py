@@ -106,7 +106,7 @@ def test_a_stage_at_another_length():
     ultra = RECIPES["tiny"][-1]
     longer = train.stage_at_length(ultra, 65_536, 16)
     shorter = train.stage_at_length(ultra, 1024, 16)
-    assert {"recall-64k", "icl-2k"} <= longer.mixture.keys() and longer.seq_len == 65_536
+    assert {"recall-64k", "recall-2k"} <= longer.mixture.keys() and longer.seq_len == 65_536
     assert longer.rope_theta == pytest.approx(ultra.rope_theta * 4 ** (16 / 14))
     assert "recall-1k" in shorter.mixture and shorter.rope_theta == ultra.rope_theta
     assert sum(shorter.mixture.values()) == pytest.approx(1)
