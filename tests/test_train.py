@@ -265,17 +265,17 @@ def test_a_tiny_model_learns_what_it_could_not_do(tmp_path):
 
 @pytest.mark.slow
 def test_the_tiny_recipe_keeps_its_promises(tmp_path):
-    """Three seeds of the whole recipe: mean scores, each over n >= 200 (table in docs/LOG.md)."""
+    """Three seeds of the whole recipe, every one of them, n >= 200 (tables in docs/LOG.md)."""
     runs = tiny_seeds.main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "figures")])
-    assert all(run["seconds"] < 600 and run["first_figure_s"] < 240 for run in runs)
-    assert all(run["peak_rss_gib"] < 3 and min(run["n"].values()) >= 200 for run in runs)
-    base, long, ultra = tiny_seeds.mean_scores(runs).values()
-    assert base["recall_bare@160"] >= 0.95 and base["recall@1k"] <= 0.2
-    assert all(long[f"recall@{length}"] >= 0.95 for length in ("256", "512", "1k"))
-    assert long["recall@2k"] >= 0.94  # 0.947 was measured (docs/LOG.md)
-    assert all(ultra[f"recall@{length}"] >= 0.93 for length in ("256", "512", "1k", "2k"))
-    assert ultra["recall@4k"] >= 0.90 and ultra["recall@8k"] >= 0.90 and ultra["recall@16k"] >= 0.80
-    assert all(ultra[f"icl@{length}"] >= 0.3 for length in ("512", "1k", "2k"))  # chance is 1/6
+    for run in runs:
+        assert run["seconds"] < 600 and run["first_figure_s"] < 240 and run["peak_rss_gib"] < 1.5
+        assert min(run["n"].values()) >= 200
+        base, long, ultra = run["scores"].values()
+        assert base["recall_bare@160"] >= 0.95 and base["recall@1k"] <= 0.2
+        assert all(long[f"recall@{length}"] >= 0.95 for length in ("256", "512", "1k", "2k"))
+        assert long["recall@16k"] <= 0.5
+        assert all(score >= 0.9 for score in ultra.values())
+        assert all(ultra[f"recall@{length}"] >= 0.93 for length in ("256", "512", "1k", "2k", "4k"))
 
 
 @pytest.mark.parametrize("arguments, words", [
