@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,28 +20,26 @@ import torch.distributed as dist
 def whole_folder(folder: str | Path) -> Iterator[Path]:
     """`with whole_folder(path) as aside:` fills `aside`, which replaces `path` at the end."""
     folder = Path(folder)
-    aside = folder.with_name(folder.name + ".writing")
-    recover(folder)
+    aside, old = Path(f"{folder}.writing"), Path(f"{folder}.old")
+
+    def recover() -> None:  # from a writer that died, now or earlier
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+    recover()
     aside.mkdir(parents=True)
     try:
         yield aside
         for path in [*aside.rglob("*"), aside]:
             fsync(path)
         if folder.exists():  # a folder can't be renamed over a full one: it steps aside first
-            folder.rename(folder.with_name(folder.name + ".old"))
+            folder.rename(old)
         aside.rename(folder)
         fsync(folder.parent)
     finally:
-        recover(folder)
-
-
-def recover(folder: Path) -> None:
-    """Put right what a writer that died has left: half a folder, or the old one stepped aside."""
-    old = folder.with_name(folder.name + ".old")
-    if old.exists() and not folder.exists():
-        old.rename(folder)
-    for end in (".writing", ".old"):
-        shutil.rmtree(folder.with_name(folder.name + end), ignore_errors=True)
+        recover()
 
 
 def fsync(path: Path) -> None:
@@ -53,8 +51,13 @@ def fsync(path: Path) -> None:
 
 def write_json(path: Path, entry: Any, indent: int = 2) -> None:
     """Write a JSON file whole or not at all."""
-    aside = path.with_name(path.name + ".writing")
-    aside.write_text(json.dumps(entry, indent=indent) + "\n")
+    write_lines(path, [json.dumps(entry, indent=indent)])
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write a text file whole or not at all."""
+    aside = Path(f"{path}.writing")
+    aside.write_text("".join(f"{line}\n" for line in lines))
     fsync(aside)
     aside.replace(path)
 
@@ -164,12 +167,13 @@ def open_record(path: Path | None, settings: dict[str, Any], parallel: Any = Non
 def _read(path: Path, settings: dict[str, Any]) -> dict[tuple[Any, ...], Any] | ValueError:
     try:
         lines = path.read_text().split("\n")[:-1] if path.exists() else []  # not a half written one
-        before, *rows = [json.loads(line) for line in lines] or [settings]
+        lines = lines or [json.dumps(settings)]
+        before, *rows = map(json.loads, lines)
         for name, value in settings.items():
             if before.get(name) != value:
                 raise ValueError(f"other settings ({name} {before.get(name)!r}, now {value!r})")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(entry) + "\n" for entry in (before, *rows)))
+        write_lines(path, lines)
         return {tuple(key): value for *key, value in rows}
     except (ValueError, TypeError, AttributeError, OSError) as error:
         return ValueError(f"{path} can't be continued: {error}; choose another folder (--out), or "
