@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -41,7 +43,7 @@ FIELDS = SIZES | {
     "bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id"}
 CONTEXT = "original_max_position_embeddings"  # the context before it was stretched
 ROPE_NEEDS: dict[str, set[str]] = {
-    "default": set(), "linear": {"factor"}, "dynamic": {"factor"}, "yarn": {"factor", CONTEXT},
+    "default": set(), "linear": {"factor"}, "yarn": {"factor", CONTEXT},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", CONTEXT}}
 YARN_MAY_HAVE = {"beta_slow", "beta_fast", "attention_factor", "truncate"}
 COMPANIONS = (  # files that belong to a model and are passed on unchanged
@@ -91,11 +93,7 @@ def whole_number(entry: dict[str, Any], key: str, most: int = 2**24) -> int:
 
 
 def parse_rope(entry: dict[str, Any]) -> None:
-    """Bring both layouts to `rope_theta` beside `rope_scaling`; newer files have `rope_parameters`.
-
-    transformers recomputes a "dynamic" theta for each text. Training needs one fixed value, so we
-    take the theta of the longest text that the config allows, and make that length the context.
-    """
+    """Bring both layouts (`rope_parameters` is the newer) to `rope_theta` and `rope_scaling`."""
     older, newer = entry.get("rope_scaling", {}), entry.get("rope_parameters", {})
     if older | newer != newer | older:
         raise ValueError(f"rope_scaling={older} and rope_parameters={newer} contradict each other")
@@ -111,12 +109,7 @@ def parse_rope(entry: dict[str, Any]) -> None:
                          f"{sorted(needs)}, known types are {', '.join(ROPE_NEEDS)}")
     if rope.get("low_freq_factor", 1) >= rope.get("high_freq_factor", 4):
         raise ValueError(f"{rope}: high_freq_factor must be above low_freq_factor")
-    if kind == "dynamic":
-        factor, head_dim = max(1, rope["factor"]), entry["head_dim"]
-        stretch = factor**2 - (factor - 1)  # transformers' formula, for factor * context tokens
-        entry["rope_theta"] *= stretch ** (head_dim / max(1, head_dim - 2))
-        entry["max_position_embeddings"] = round(factor * entry["max_position_embeddings"])
-    entry["rope_scaling"] = None if kind in ("default", "dynamic") else rope | {"rope_type": kind}
+    entry["rope_scaling"] = None if kind == "default" else rope | {"rope_type": kind}
 
 
 def write_config(folder: Path, fields: dict[str, Any], dtype: torch.dtype) -> None:
@@ -138,8 +131,6 @@ def read_companions(folder: Path) -> dict[str, bytes]:
 
 def check_weights(folder: Path, parameters: dict[str, Tensor]) -> dict[str, Any]:
     """Find each parameter's file and its dtype there, reading the headers alone."""
-    from safetensors import SafetensorError, safe_open
-
     index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
     if index.exists():
         weight_map = read_json(index).get("weight_map")
@@ -175,8 +166,6 @@ def check_weights(folder: Path, parameters: dict[str, Tensor]) -> dict[str, Any]
 
 def load_tensors(folder: Path, parameters: dict[str, Tensor]) -> None:
     """Fill the parameters, under FSDP this rank's rows of each, from the folder's files."""
-    from safetensors import safe_open
-
     for key, (path, _) in check_weights(folder, parameters).items():
         mine, rows = local_rows(parameters[key])
         # The mapped pages of an open file count as our memory, so we open it for each tensor anew.
@@ -198,8 +187,6 @@ def write_tensors(folder: Path, parameters: dict[str, Tensor], main: bool) -> No
 
     We gather before we write: no rank waits for a `main` whose disk is full.
     """
-    from safetensors.torch import save_file
-
     tensors = {}
     for key, weight in parameters.items():
         part = weight.detach()
