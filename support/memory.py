@@ -141,19 +141,19 @@ def format_plan(config: Any, shape: Any, stage: Any, options: Sequence[Any], cho
              "and the MLP in tiles": tiles,
              "and block inputs on the host": offload,
              "and weights and Adam on the host": offload}
-    tokens, most, fitting = stage.seq_len // sp_size, 0.95 * GPU_BYTES, []
+    tokens, most = stage.seq_len // sp_size, 0.95 * GPU_BYTES
+    held = {name: sum(memory_per_rank(shape, option, tokens, world_size,
+                                      host_optimizer="Adam" in name).values())
+            for name, option in table.items()}
+    fitting = [name for name, size in held.items() if size < most] or ["more ranks"]
+    parts = memory_per_rank(shape, chosen, tokens, world_size, host_optimizer=config.host_optimizer)
+    total = sum(parts.values())
+    verdict = "it fits" if total < most else f"it does not fit; what would: {fitting[0]}"
     lines = [f"\n{config.model}, stage {stage.name}: {stage.seq_len:,} tokens over {sp_size} of "
              f"{world_size} ranks, {tokens:,} each; bfloat16, {GPU_BYTES / 2**30:.1f} GiB a GPU",
              f"  {'what each lever leaves a rank to hold':<46} {'GiB':>8}"]
-    for name, option in table.items():
-        total = sum(memory_per_rank(shape, option, tokens, world_size,
-                                    host_optimizer="Adam" in name).values())
-        fitting += [name] if total < most else []
-        lines += [f"  {name:<46} {total / 2**30:>8.1f}  {'fits' if total < most else '-'}"]
-    parts = memory_per_rank(shape, chosen, tokens, world_size, host_optimizer=config.host_optimizer)
-    total, verdict = sum(parts.values()), "it fits"
-    if total >= most:
-        verdict = f"it does not fit; what would: {fitting[0] if fitting else 'more ranks'}"
+    lines += [f"  {name:<46} {size / 2**30:>8.1f}  {'fits' if size < most else '-'}"
+              for name, size in held.items()]
     lines += [f"  this command: {in_words(chosen)}"]
     lines += [f"    {name:<44} {size / 2**30:>8.1f}" for name, size in parts.items()]
     lines += [f"    {'in all':<44} {total / 2**30:>8.1f}  {verdict}"]

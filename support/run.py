@@ -20,14 +20,14 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from support.files import read_json, write_json
+from support.files import read_json, write_json, write_lines
 from support.report import WINDOW, draw_losses, format_losses
 
 STATE = {"stage": str, "step": int, "steps": int, "tokens_seen": int, "drawn": dict,
@@ -35,14 +35,13 @@ STATE = {"stage": str, "step": int, "steps": int, "tokens_seen": int, "drawn": d
 MAY_CHANGE = {"eval", "eval_every", "samples", "save_every", "keep", "seq_parallel_size", "reorder",
               "micro_batch_tokens", "attention", "compile", "activations", "loss_chunk_tokens",
               "mlp_tile_tokens", "host_optimizer"}  # on --resume: these change rounding at most
-Config = TypeVar("Config")
 
 
 def make_run_folder(config: Any, default: str, parallel: Any) -> Path:
     """Make the run folder: the one asked for, or the first free of runs/tiny, runs/tiny-2, ..."""
-    folder, number = Path(config.resume or config.out or default), 2
     if config.resume:
-        return folder
+        return Path(config.resume)
+    folder, number = Path(config.out or default), 2
     if config.out and (folder / "log.jsonl").exists():
         raise ValueError(f"--out {folder} holds a run already; choose another, or --resume it")
     while not config.out and folder.exists():
@@ -67,9 +66,7 @@ class Log:
             *lines, _half = self.path.read_text().split("\n")
             kept = [line for line in lines if json.loads(line)["tokens_seen"] <= tokens_seen]
             self.recent = [json.loads(line) for line in kept[-WINDOW:]]
-            aside = self.path.with_suffix(".writing")
-            aside.write_text("".join(f"{line}\n" for line in kept))
-            aside.replace(self.path)
+            write_lines(self.path, kept)
 
     def write(self, entry: dict[str, Any], steps: int, ranks: int) -> None:
         """Log one step; print the first, the last, and one in ten seconds."""
@@ -146,22 +143,21 @@ def check_unchanged(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> 
                          "put it back, or start a new run with --init")
 
 
-def config_to_resume(config: Config) -> Config:
+def config_to_resume(config: Any) -> Any:
     """The interrupted run's own settings, and this command's where they can't alter its course.
 
     An option at its default counts as not given. Raises ValueError with all that differs otherwise.
     """
-    kind, resume = type(config), config.resume  # type: ignore[attr-defined]
-    path, hints = Path(resume) / "config.json", get_type_hints(kind)
-    before = read_json(path)
+    kind, path = type(config), Path(config.resume) / "config.json"
+    before, hints = read_json(path), get_type_hints(kind)
     for key, value in before.items():
         if not isinstance(value, hints.get(key, ())):
             raise ValueError(f"{path} is not the configuration of such a run: {key!r}")
-    given = dict(asdict(config).items() - asdict(kind(resume=resume)).items())  # type: ignore
-    flags = {key: f"--{key.replace('_', '-')}" for key in given.keys() - MAY_CHANGE}
-    check_unchanged(Path(resume), {flag: before.get(key) for key, flag in flags.items()},
-                    {flag: given[key] for key, flag in flags.items()})
-    return kind(**before | given | {"resume": resume, "out": resume})
+    given = dict(asdict(config).items() - asdict(kind(resume=config.resume)).items())
+    flags = {f"--{key.replace('_', '-')}": key for key in given.keys() - MAY_CHANGE}
+    check_unchanged(path.parent, {flag: before.get(key) for flag, key in flags.items()},
+                    {flag: given[key] for flag, key in flags.items()})
+    return kind(**before | given | {"resume": config.resume, "out": config.resume})
 
 
 class Diverged(RuntimeError):
