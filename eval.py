@@ -14,7 +14,7 @@ Lengths count the model's own tokens. All code in contexts is code that training
 
     python eval.py --model runs/tiny/checkpoints/ultra-70 --tasks recall,icl --lengths 1k,4k
     python eval.py --model DIR --tokenizer DIR --tasks text --lengths 8k,32k --samples 100
-    python eval.py --compare runs/a/eval/long-900.json,runs/b/eval/long-900.json
+    python eval.py --compare runs/a/eval/long-1200.json,runs/b/eval/long-1200.json
 
 Text tasks follow HELMET (2410.02694) and RULER (2404.06654) in words of our own: their scores
 compare models, but not with the tables in those papers.
@@ -527,7 +527,7 @@ def main() -> None:
     if config.compare:
         return compare_files(config.compare, config.out)
     if not config.model:
-        raise ValueError("--model is missing; name a folder, as runs/tiny/checkpoints/long-900")
+        raise ValueError("--model is missing; name a folder, as runs/tiny/checkpoints/long-1200")
     dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float64")}
     dtype = choose("--dtype", config.dtype, dtypes) if config.dtype else None
     data.tokenizer_for(config.model, config.tokenizer)  # refuses one that is not the model's

@@ -111,13 +111,13 @@ TINY = [
     Stage("base", 256, 1e4, {"recall_bare-256": 0.5, "recall-256": 0.5},
           tokens=3000 * 1024, batch_tokens=1024, lr=3e-3, min_lr=3e-4),
     Stage("long", 2048, 1.6e5,
-          {"recall_bare-256": 0.13, "recall-256": 0.20, "recall-2k": 0.45, "code_repos-2k": 0.06,
+          {"recall_bare-256": 0.06, "recall-256": 0.08, "recall-2k": 0.64, "code_repos-2k": 0.06,
            "textbooks-2k": 0.02, "short": 0.04, "icl-2k": 0.10},
-          tokens=900 * 2048, batch_tokens=2048, lr=3e-3, min_lr=3e-4),
+          tokens=1200 * 2048, batch_tokens=2048, lr=3e-3, min_lr=3e-5),
     Stage("ultra", 16_384, 1e7,
-          {"recall_bare-256": 0.04, "recall-2k": 0.16, "recall-16k": 0.56, "code_repos-16k": 0.07,
-           "textbooks-16k": 0.02, "short": 0.05, "icl-16k": 0.10},
-          tokens=70 * 16_384, batch_tokens=16_384, lr=3e-3, min_lr=3e-4),
+          {"recall_bare-256": 0.04, "recall-2k": 0.14, "recall-16k": 0.60, "code_repos-16k": 0.06,
+           "textbooks-16k": 0.02, "short": 0.04, "icl-16k": 0.10},
+          tokens=70 * 16_384, batch_tokens=16_384, lr=3e-3, min_lr=3e-5),
 ]
 PROLONG = [
     Stage("64k", 65_536, 8e6,
@@ -138,8 +138,8 @@ ABLATION = [
 RECIPES = {"tiny": TINY, "prolong": PROLONG, "ablation": ABLATION}
 
 
-def stage_at_length(stage: Stage, seq_len: int, head_dim: int, sequences: int = 1) -> Stage:
-    """The stage at another length, and its longest documents; theta by the NTK rule."""
+def stage_at_length(stage: Stage, seq_len: int, head_dim: int) -> Stage:
+    """The same stage at another length. Its longest documents follow it, and theta the NTK rule."""
     mixture: dict[str, float] = {}
     for domain, share in stage.mixture.items():
         kind = data.parse_domain(domain)
@@ -150,7 +150,7 @@ def stage_at_length(stage: Stage, seq_len: int, head_dim: int, sequences: int = 
     theta = stage.rope_theta
     if theta is not None and seq_len > stage.seq_len:
         theta = llama.ntk_rope_theta(theta, stage.seq_len, seq_len, head_dim)
-    batch_tokens = max(sequences, math.ceil(stage.batch_tokens / seq_len)) * seq_len
+    batch_tokens = math.ceil(stage.batch_tokens / seq_len) * seq_len
     return replace(stage, seq_len=seq_len, mixture=mixture, rope_theta=theta,
                    batch_tokens=batch_tokens, tokens=stage.steps * batch_tokens)
 
@@ -158,16 +158,14 @@ def stage_at_length(stage: Stage, seq_len: int, head_dim: int, sequences: int = 
 # --- 2. Which stages a command runs -----------------------------------------------------
 
 
-def choose_stages(config: TrainConfig, shape: ModelConfig) -> list[Stage]:
+def choose_stages(config: TrainConfig, head_dim: int) -> list[Stage]:
     """The recipe's stages, changed as the command says; with `--seq` its last one alone."""
     stages = choose("recipe", config.recipe, RECIPES)
     if config.stage:
         by_name = {stage.name: stage for stage in stages}
         stages = [choose(f"stage of recipe {config.recipe}:", config.stage, by_name)]
-    if config.seq:  # a sequence for as many ranks as can share it
-        world = config.world_size or int(os.environ.get("WORLD_SIZE", 1))
-        most = llama.valid_seq_parallel_sizes(shape.n_heads, shape.n_kv_heads)[-1]
-        stages = [stage_at_length(stages[-1], config.seq, shape.head_dim, world // most)]
+    if config.seq:
+        stages = [stage_at_length(stages[-1], config.seq, head_dim)]
     if config.mix and config.short_mix:
         raise ValueError("--mix gives the whole mixture; drop --short-mix")
     chosen = []
@@ -521,7 +519,7 @@ def train(config: TrainConfig) -> Path:
     else:
         vocab_size = data.load_tokenizer(config.tokenizer).vocab_size
         model = Transformer(llama.preset_config(config.model, vocab_size)).init_weights(config.seed)
-    stages = choose_stages(config, model.config)
+    stages = choose_stages(config, model.config.head_dim)
     resumed = state if config.resume else None  # of its stage resumed["step"] steps are done
     first = [stage.name for stage in stages].index(resumed["stage"]) if resumed else 0
     with start_run(config, f"runs/{config.recipe}", model, stages, source, state) as run:
@@ -713,7 +711,7 @@ def print_plan(config: TrainConfig) -> None:
     """Whether each stage fits the ranks asked for, and how long it takes."""
     world = config.world_size or 1
     shape = llama.preset_config(config.model, data.load_tokenizer(config.tokenizer).vocab_size)
-    for stage in choose_stages(config, shape):
+    for stage in choose_stages(config, shape.head_dim):
         sp = config.seq_parallel_size or default_seq_parallel_size(shape, stage, world)
         chosen, _ = memory_options_for(config, shape, stage.seq_len // sp, world, 2,
                                        memory.GPU_BYTES, "cuda")

@@ -2,7 +2,7 @@
 
 A finding is a question with arms, and an arm is a model that anybody could make by hand:
 
-    runs/lab/starts/0/checkpoints/long-900        the tiny recipe up to 2K tokens, one for each seed
+    runs/lab/starts/0/checkpoints/long-1200        the tiny recipe up to 2K tokens, one for each seed
       └─ train.py --stage ultra --seq 8k --rope-theta 1.28e+06 --steps 40 ...   an arm: 2K -> 8K
            └─ eval.py --tasks recall_bare,recall,icl --lengths 256,2k,4k,8k ... its points
 
@@ -46,7 +46,6 @@ sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
 from data import PackedDataset, PackedSequence, format_length  # noqa: E402
-from model import preset_config  # noqa: E402
 from train import RECIPES, TrainConfig, choose_stages, pack_domains  # noqa: E402
 
 STAGES = {stage.name: stage for stage in RECIPES["tiny"]}
@@ -258,7 +257,7 @@ def change_config(start: Path, folder: Path, changes: dict[str, Any]) -> Path:
 def pack_transformed(command: Sequence[str], folder: Path, transform: Transform) -> None:
     """Pack the domains as `command` (of train.py) would, then write their transforms."""
     config = data.parse_cli(TrainConfig, None, command[1:])
-    stage, = choose_stages(config, preset_config(config.model, 295))
+    stage, = choose_stages(config, head_dim=16)
     tokenizer = data.load_tokenizer(config.tokenizer)
     for name in ("plain", "packs"):
         shutil.rmtree(folder / name, ignore_errors=True)

@@ -19,8 +19,8 @@ LLAMA32 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0,
            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 COLUMNS = ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim",
            "max_seq_len", "rope_theta", "rope_scaling", "tie_embeddings")
-SHAPES = {  # tiny's vocabulary of 0 means the tokenizer's
-    "tiny":         (0,         64,  2,  4, 2,  32,    192,     256, 1e4, None,    True),
+SHAPES = {  # tiny has enough heads for 8 ranks; its vocabulary of 0 means the tokenizer's
+    "tiny":         (0,         64,  2,  8, 4,  16,    192,     256, 1e4, None,    True),
     "smollm2-135m": (49_152,   576, 30,  9, 3,  64,   1536,    8192, 1e5, None,    True),
     "llama3.2-1b":  (128_256, 2048, 16, 32, 8,  64,   8192, 131_072, 5e5, LLAMA32, True),
     "llama3.2-3b":  (128_256, 3072, 28, 24, 8, 128,   8192, 131_072, 5e5, LLAMA32, True),
