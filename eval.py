@@ -170,8 +170,8 @@ def icl_examples(tokenizer: Tokenizer, length: int, n: int, questions: int,
 
 
 def text_task(name: str, draw: Callable[..., tasks.TextExample], score: Score, category: str,
-              shared: int = 7, least: int = 1, **options: Any) -> Task:
-    """A task that `draw` draws with these options; `least` is its smallest size."""
+              **options: Any) -> Task:
+    """A task that `draw` draws with these options."""
 
     def examples(tokenizer: Tokenizer, length: int, n: int, questions: int,
                  seed: int) -> list[Example]:
@@ -179,10 +179,10 @@ def text_task(name: str, draw: Callable[..., tasks.TextExample], score: Score, c
         for i, depths in enumerate(fitting.spread_depths(n, questions)):
             make_rng = partial(data.generator, seed, name, length, i)
             made.append(fitting.fit(name, partial(draw, **options), make_rng, depths, tokenizer,
-                                    length, least))
+                                    length))
         return [make_example(encoded) for encoded in made]
 
-    return Task(examples, score, category, shared)
+    return Task(examples, score, category)
 
 
 def make_example(encoded: fitting.Encoded) -> Example:
@@ -213,8 +213,7 @@ def code_lines() -> list[str]:
     return [line for line in lines if line.strip() and "<|" not in line and "\ufffd" not in line]
 
 
-_ruler = partial(text_task, score=scores.fraction, category="ruler")
-_needles = partial(_ruler, draw=tasks.draw_needles)
+_needles = partial(text_task, draw=tasks.draw_needles, score=scores.fraction, category="ruler")
 TASKS: dict[str, Task] = {
     "recall_bare": Task(partial(recall_examples, bare=True), scores.same, "recall", toy.N_PAIRS,
                         exact=True, only_length=160),
@@ -228,9 +227,6 @@ TASKS: dict[str, Task] = {
     "multikey_3": _needles("multikey_3", ids=True),
     "multivalue": _needles("multivalue", haystack=code_lines, n_values=4),
     "multiquery": _needles("multiquery", haystack=code_lines, n_queries=4),
-    "variables": _ruler("variables", tasks.draw_variables),
-    "common_words": _ruler("common_words", tasks.draw_common_words, shared=1),
-    "frequent_words": _ruler("frequent_words", tasks.draw_frequent_words, shared=1, least=34),
     "icl_6": text_task("icl_6", tasks.draw_icl, scores.exact_line, "icl"),
     "icl_77": text_task("icl_77", tasks.draw_icl, scores.exact_line, "icl", classes=77),
     "rerank": text_task("rerank", tasks.draw_rerank, scores.ranking, "rerank"),

@@ -56,21 +56,21 @@ def spread_depths(n: int, questions: int) -> list[list[float]]:
 
 
 def fit(name: str, draw: Callable[..., TextExample], make_rng: Callable[[], np.random.Generator],
-        depths: list[float], tokenizer: Any, length: int, least: int = 1) -> Encoded:
+        depths: list[float], tokenizer: Any, length: int) -> Encoded:
     """Draw the largest example that fits into `length` tokens, with a question and an answer.
 
     Every drawing starts from the same random numbers. We guess the next size from the tokens that
     one more unit of size has taken so far. If one more unit would be too much but over 3% of the
     length are still empty, idle sentences before the context fill them.
-    Raises ValueError if even the size `least` is too long.
+    Raises ValueError if even the size 1 is too long.
     """
 
     def make(size: int, spare: int = 0) -> tuple[Encoded, int]:
-        made = encode_example(tokenizer, draw(make_rng(), size, depths, length), spare)
+        made = encode_example(tokenizer, draw(make_rng(), size, depths), spare)
         longest = max(len(prompt) for prompt, *_ in made.questions)
         return made, len(made.context_ids) + longest + made.budget
 
-    low, high, per_unit = least, math.inf, 8.0  # the size `low` fits, `high` does not
+    low, high, per_unit = 1, math.inf, 8.0  # the size `low` fits, `high` does not
     best, used = make(low)
     if used > length:
         raise ValueError(f"task {name} needs {used} tokens at the least with this tokenizer, "

@@ -8,8 +8,8 @@ around a hidden sentence, passages, labelled lines. Words and instructions are o
     question  What is the secret number of mado-pi? In the text, the secret number of mado-pi is
     answer    4817726                                                     it stands in item 1
 
-Each draws from (rng, size, a depth for each question, length in tokens) and options of its own. The
-order of the random draws is part of a task: another order makes other questions.
+Each draws from (rng, size, a depth for each question) and options of its own. The order of the
+random draws is part of a task: another order makes other questions.
 """
 
 from __future__ import annotations
@@ -62,13 +62,6 @@ def random_uuids(rng: Rng, n: int) -> list[str]:
     return [str(uuid.UUID(bytes=rng.bytes(16), version=4)) for _ in range(n)]
 
 
-def random_codes(rng: Rng, n: int, letters: int) -> list[str]:
-    """`n` different strings of random capital letters."""
-    numbers = rng.choice(26**letters, n, replace=False)
-    digits = numbers[:, None] // 26 ** np.arange(letters) % 26  # (n, letters), in base 26
-    return ["".join(chr(65 + i) for i in row) for row in digits]
-
-
 def items_at(depths: Sequence[float], n: int) -> list[int]:
     """For each depth (0 the first of `n` items, 1 the last) the nearest item that is still free."""
     chosen: list[int] = []
@@ -90,7 +83,7 @@ KEY_TASK = "\n\nFind the value that belongs to a key of the JSON object above."
 KEY_PROMPT = "\n\nKey: {}\nCorresponding value:"
 
 
-def draw_json_kv(rng: Rng, size: int, depths: list[float], length: int) -> TextExample:
+def draw_json_kv(rng: Rng, size: int, depths: list[float]) -> TextExample:
     """A JSON object; we show two of its pairs and ask for others (HELMET's json_kv)."""
     size += len(depths) + 2
     keys, values = random_uuids(rng, size), random_uuids(rng, size)
@@ -102,7 +95,7 @@ def draw_json_kv(rng: Rng, size: int, depths: list[float], length: int) -> TextE
     return TextExample("{" + ",\n ".join(items) + "}" + KEY_TASK + demos, questions)
 
 
-def draw_needles(rng: Rng, size: int, depths: list[float], length: int,
+def draw_needles(rng: Rng, size: int, depths: list[float],
                  haystack: Callable[[], Sequence[str]] | None = None, n_keys: int = 1,
                  n_values: int = 1, n_queries: int = 1, ids: bool = False) -> TextExample:
     """Sentences that give a key a secret number, between other lines (RULER's niah).
@@ -143,63 +136,13 @@ def draw_needles(rng: Rng, size: int, depths: list[float], length: int,
     return TextExample(head + "\n".join(scatter(lines, needles, where)), questions)
 
 
-def draw_variables(rng: Rng, size: int, depths: list[float], length: int) -> TextExample:
-    """A value is handed from variable to variable in noise: which five have it? (RULER's vt)"""
-    names = random_codes(rng, 5 * (len(depths) + 1), 5)  # the last chain is shown solved
-    numbers = random_numbers(rng, len(depths) + 1, 5)
-    steps = []
-    for i, name in enumerate(names):
-        value = f"VAR {names[i - 1]}" if i % 5 else numbers[i // 5]
-        steps.append(f"VAR {name} = {value}.")
-    where = [np.sort(np.append(d + rng.random(4) * (1 - d), d)) for d in depths]
-    items = scatter([FILLER.strip()] * size, steps[:-5], np.concatenate(where))
-    prompt = ("\n\nWhich variables have the value {0}, directly or by way of others?\n"
-              "Answer: 5 variables have the value {0}, namely")
-    questions = [TextQuestion(prompt.format(number), tuple(names[5 * k:5 * k + 5]), steps[5 * k],
-                              5 / 26**5) for k, number in enumerate(numbers[:-1])]
-    solved = f"{' '.join(steps[-5:])}{prompt.format(numbers[-1])} {' '.join(names[-5:])}"
-    head = f"{solved}\n\nKeep track of the variables in the text below.\n\n"
-    return TextExample(head + " ".join(items), questions)
-
-
-def draw_common_words(rng: Rng, size: int, depths: list[float], length: int) -> TextExample:
-    """A numbered list in which ten words come often and `size` others seldom (RULER's cwe)."""
-
-    def numbered(words: list[str]) -> str:
-        return " ".join(f"{i}. {word}" for i, word in enumerate(rng.permutation(words), 1))
-
-    often, seldom = (30, 3) if length >= 4096 else (6, 1)
-    words = random_words(rng, 25 + size, 3)
-    answers, shown, rare = words[:10], words[10:20], words[20:]
-    items = numbered(answers * often + rare[5:] * seldom)
-    task = "In the list below some words come more often than others. Remember them.\n"
-    prompt = "\nQuestion: Which 10 words come most often in the list?\nAnswer: They are"
-    solved = f"{numbered(shown * 3 + rare[:5])}{prompt} {' '.join(shown)}\n\n"
-    return TextExample(task + solved + task + items, [TextQuestion(prompt, tuple(answers))])
-
-
-def draw_frequent_words(rng: Rng, size: int, depths: list[float], length: int) -> TextExample:
-    """Coded words in Zipf's proportions: rank r about size * r^-2 / zeta(2) times (RULER's fwe).
-
-    The most frequent is noise, dots. The ranks 2 to 4 come once more, so that none ties with 5.
-    """
-    ranks = np.arange(1, max(8, length // 50) + 1)
-    counts = (size * ranks**-2.0 / (math.pi**2 / 6)).astype(int) + (ranks <= 4)
-    words = ["...", *(code.lower() for code in random_codes(rng, len(ranks) - 1, 6))]
-    text = " ".join(rng.permutation(np.repeat(words, counts)))
-    prompt = ("\nQuestion: Dots aside, which three coded words stand in the text most often?\n"
-              "Answer: They are")
-    return TextExample(f"Count how often each coded word stands in the text below.\n{text}",
-                       [TextQuestion(prompt, tuple(words[1:4]), chance=3 / 26**6)])
-
-
 ICL_TEXTS = [hello + text for hello in ("", "Hello. ", "Sorry to bother you. ", "One more thing. ")
              for text in ("Where can I find a {}?", "Please send me two of your {}s.",
                           "How much is the {}?", "My {} has stopped working again.",
                           "Is there a {} for children, too?")]
 
 
-def draw_icl(rng: Rng, size: int, depths: list[float], length: int, classes: int = 6,
+def draw_icl(rng: Rng, size: int, depths: list[float], classes: int = 6,
              by_class: dict[str, list[str]] | None = None) -> TextExample:
     """Labelled lines, in rounds that have each class once, then new lines to label (HELMET's ICL).
 
@@ -222,7 +165,7 @@ def draw_icl(rng: Rng, size: int, depths: list[float], length: int, classes: int
     return TextExample(head + "\n\n".join(shown), questions)
 
 
-def draw_rerank(rng: Rng, size: int, depths: list[float], length: int) -> TextExample:
+def draw_rerank(rng: Rng, size: int, depths: list[float]) -> TextExample:
     """Passages to rank by how many of a query's three words they share (HELMET's re-ranking).
 
     Of each query's passages one shares all three words, two share two, and three one.
@@ -259,7 +202,7 @@ FACTS = (("was born in {}", "In which town was {} born?"),
          ("is buried in {}", "In which town is {} buried?"))
 
 
-def draw_qa(rng: Rng, size: int, depths: list[float], length: int) -> TextExample:
+def draw_qa(rng: Rng, size: int, depths: list[float]) -> TextExample:
     """Passages about people; a question that one of them answers (HELMET's RAG)."""
     size += len(depths)
     second = random_words(rng, size, 3)

@@ -131,15 +131,6 @@ def solve(name: str, text: str, prompt: str) -> str:
         keys = re.findall(r"[\w-]+", re.search(r"secret \w+ of (.*)\? In", prompt)[1])
         return " ".join(value for key in keys
                         for value in re.findall(rf"secret \w+ of {key} is ([\w-]+)\.", text))
-    if name == "variables":
-        value = {}
-        for left, right in re.findall(r"([A-Z]+) = (?:VAR )?(\w+)\.", text):
-            value[left] = value.get(right, right)
-        return " ".join(k for k, v in value.items() if v == re.search(r"\d+", prompt)[0])
-    if name.endswith("_words"):
-        form = r"\d+\. (\w+)" if name == "common_words" else r"\b[a-z]{6}\b"
-        counts = Counter(re.findall(form, text.split("Remember")[-1].split("below.\n")[-1]))
-        return " ".join(word for word, _ in counts.most_common(10 if "common" in name else 3))
     if name.startswith("icl"):
         known = set(re.findall(r"\w+", " ".join(tasks.ICL_TEXTS)))
         words = re.findall(r"\w+", prompt)
