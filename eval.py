@@ -191,11 +191,8 @@ def make_example(encoded: fitting.Encoded) -> Example:
 
 
 def file_task(path: Path) -> Task:
-    """A task from a JSONL file. Its lines are asked as they are; those with labels become ICL."""
+    """A task from a JSONL file, whose lines are asked as they are."""
     rows = fitting.read_lines(path)
-    if rows[0].keys() >= {"text", "label"}:
-        by_class = fitting.labelled_lines(path)
-        return text_task(path.stem, tasks.draw_icl, scores.exact_line, "icl", by_class=by_class)
 
     def examples(tokenizer: Tokenizer, length: int, n: int, questions: int,
                  seed: int) -> list[Example]:
@@ -223,14 +220,11 @@ TASKS: dict[str, Task] = {
     "needle": _needles("needle", haystack=code_lines),
     "needle_noise": _needles("needle_noise", haystack=lambda: [tasks.FILLER.strip()]),
     "multikey_1": _needles("multikey_1", haystack=code_lines, n_keys=4),
-    "multikey_2": _needles("multikey_2"),
-    "multikey_3": _needles("multikey_3", ids=True),
     "multivalue": _needles("multivalue", haystack=code_lines, n_values=4),
     "multiquery": _needles("multiquery", haystack=code_lines, n_queries=4),
     "icl_6": text_task("icl_6", tasks.draw_icl, scores.exact_line, "icl"),
     "icl_77": text_task("icl_77", tasks.draw_icl, scores.exact_line, "icl", classes=77),
     "rerank": text_task("rerank", tasks.draw_rerank, scores.ranking, "rerank"),
-    "qa": text_task("qa", tasks.draw_qa, scores.contains, "rag"),
 }
 _tokens = [name for name, task in TASKS.items() if task.exact]
 _text = [name for name in TASKS if name not in _tokens]

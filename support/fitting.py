@@ -6,7 +6,6 @@ A line of a JSONL file may be
     JSON pairs   {"context", "question", "answer", "demos"}: two demonstrations are shown
     passages     {"question", "answers", "ctxs": [{"title", "text"}]}
     re-ranking   {"query", "ctxs": [{"id", "text", "label"}]}
-    ICL          {"text", "label"}: examples for `tasks.draw_icl`
 
 A `tokenizer` here is anything with `encode`, `decode` and `begin`, the tokens that begin a text.
 """
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .tasks import FILLER, KEY_PROMPT, KEY_TASK, QA_TASK, TextExample, TextQuestion
+from .tasks import FILLER, KEY_PROMPT, KEY_TASK, TextExample, TextQuestion
 from .texts import read_rows
 
 
@@ -99,18 +98,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def labelled_lines(path: Path) -> dict[str, list[str]]:
-    """The texts of an ICL file by label. Raises ValueError unless each label has two."""
-    by_label: dict[str, list[str]] = {}
-    for row in read_lines(path):
-        if not isinstance(row.get("text"), str) or "label" not in row:
-            raise ValueError(f"{path}: a line has no text or no label; each line needs both")
-        by_label.setdefault(str(row["label"]), []).append(row["text"])
-    if min(map(len, by_label.values())) < 2:
-        raise ValueError(f"{path}: each label needs two lines, one to ask about and one to learn")
-    return by_label
-
-
 def file_examples(path: Path, tokenizer: Any, lines: list[int]) -> list[Encoded]:
     """Some lines of a file as examples. Raises ValueError for a line that has no known format."""
     examples = []
@@ -140,7 +127,8 @@ def _parse(row: dict[str, Any]) -> TextExample:
         prompt = f"\n\nQuery: {row['query']}\nRanking:"
     elif "ctxs" in row:
         texts = [f"Document (Title: {c['title']}): {c['text']}" for c in row["ctxs"]]
-        context, answers = QA_TASK + "\n\n".join(texts), row["answers"]
+        task = "Answer the question by the documents below, in a few words.\n\n"
+        context, answers = task + "\n\n".join(texts), row["answers"]
         prompt = f"\n\nQuestion: {row['question']}\nAnswer:"
     else:
         shown = [f"{KEY_PROMPT.format(key)} {value}" for key, value in row["demos"][:2]]

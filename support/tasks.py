@@ -95,44 +95,37 @@ def draw_json_kv(rng: Rng, size: int, depths: list[float]) -> TextExample:
     return TextExample("{" + ",\n ".join(items) + "}" + KEY_TASK + demos, questions)
 
 
-def draw_needles(rng: Rng, size: int, depths: list[float],
-                 haystack: Callable[[], Sequence[str]] | None = None, n_keys: int = 1,
-                 n_values: int = 1, n_queries: int = 1, ids: bool = False) -> TextExample:
-    """Sentences that give a key a secret number, between other lines (RULER's niah).
+def draw_needles(rng: Rng, size: int, depths: list[float], haystack: Callable[[], Sequence[str]],
+                 n_keys: int = 1, n_values: int = 1, n_queries: int = 1) -> TextExample:
+    """Sentences that give a key a secret number, between `size` other lines (RULER's niah).
 
     A question asks for `n_queries` keys with `n_values` values each; `n_keys` - 1 more needles lead
-    astray. Without a haystack there are only more needles. With `ids` all are UUIDs.
+    astray.
     """
     n_asked = len(depths) * n_queries  # keys that are asked for
-    n_others = n_keys - 1 + (0 if haystack else size)
+    n_others = n_keys - 1
     n_needles = n_others + n_asked * n_values
-    if ids:
-        secret, keys = "secret code", random_uuids(rng, n_asked + n_others)
-        values = random_uuids(rng, n_needles)
-    else:
-        parts = [random_words(rng, n_asked + n_others, syllables) for syllables in (3, 2)]
-        secret, keys = "secret number", list(map("-".join, zip(*parts, strict=True)))
-        values = random_numbers(rng, n_needles, 7)
+    first, second = (random_words(rng, n_asked + n_others, syllables) for syllables in (3, 2))
+    keys = [f"{a}-{b}" for a, b in zip(first, second, strict=True)]
+    values = random_numbers(rng, n_needles, 7)
     owners = keys[n_asked:] + np.repeat(keys[:n_asked], n_values).tolist()
-    needles = [f"The {secret} of {key} is {value}."
+    needles = [f"The secret number of {key} is {value}."
                for key, value in zip(owners, values, strict=True)]
-    lines: list[str] = []
-    if haystack:
-        source = haystack()
-        begin = int(rng.integers(len(source)))
-        lines = [source[(begin + i) % len(source)] for i in range(size)]
+    source = haystack()
+    begin = int(rng.integers(len(source)))
+    lines = [source[(begin + i) % len(source)] for i in range(size)]
     each = n_queries * n_values  # needles of a question: one at its depth, the others anywhere
     where = rng.random(n_needles)
     where[n_others::each] = depths
-    ask = "\n\nWhat is the {0} of {1}? In the text, the {0} of {1} is"
+    ask = "\n\nWhat is the secret number of {0}? In the text, the secret number of {0} is"
     if each > 1:
-        ask = "\n\nWhat are the {0}s of {1}? In the text, all {0}s of {1} are"
+        ask = "\n\nWhat are the secret numbers of {0}? In the text, all secret numbers of {0} are"
     questions = []
     for j, begin in enumerate(range(n_others, n_needles, each)):
         names = ", ".join(keys[j * n_queries:(j + 1) * n_queries])
-        prompt = ask.format(secret, " and ".join(names.rsplit(", ", 1)))
+        prompt = ask.format(" and ".join(names.rsplit(", ", 1)))
         questions.append(TextQuestion(prompt, tuple(values[begin:begin + each]), needles[begin]))
-    head = f"{secret.capitalize()}s are hidden in the text below. Remember them.\n\n"
+    head = "Secret numbers are hidden in the text below. Remember them.\n\n"
     return TextExample(head + "\n".join(scatter(lines, needles, where)), questions)
 
 
@@ -142,27 +135,23 @@ ICL_TEXTS = [hello + text for hello in ("", "Hello. ", "Sorry to bother you. ", 
                           "Is there a {} for children, too?")]
 
 
-def draw_icl(rng: Rng, size: int, depths: list[float], classes: int = 6,
-             by_class: dict[str, list[str]] | None = None) -> TextExample:
+def draw_icl(rng: Rng, size: int, depths: list[float], classes: int = 6) -> TextExample:
     """Labelled lines, in rounds that have each class once, then new lines to label (HELMET's ICL).
 
     Labels are integers dealt anew for every context, so that only the examples tell them. All lines
-    of a class speak of one thing; `by_class` are somebody's own lines.
+    of a class speak of one thing.
     """
-    if by_class is None:
-        things = random_words(rng, classes, 3)
-        by_class = {thing: [line.format(thing) for line in ICL_TEXTS] for thing in things}
-    texts = [rng.permutation(np.array(lines, object)).tolist() for lines in by_class.values()]
-    asked = [lines.pop() for lines in texts]  # never among the examples
-    n = len(texts)
-    label = rng.permutation(n)
-    rounds = -(-(size + n) // n)  # at least one
-    topics = np.concatenate([rng.permutation(n) for _ in range(rounds)])[:size + n].tolist()
-    shown = [f"{texts[t][i // n % len(texts[t])]}\nlabel: {label[t]}" for i, t in enumerate(topics)]
-    questions = [TextQuestion(f"\n\n{asked[t]}\nlabel:", (f"{label[t]}",), chance=1 / n)
-                 for t in rng.choice(n, len(depths), replace=len(depths) > n)]
+    things = random_words(rng, classes, 3)
+    texts = [rng.permutation([line.format(thing) for line in ICL_TEXTS]) for thing in things]
+    label = rng.permutation(classes)
+    shown: list[str] = []
+    while len(shown) < size + classes:
+        line = len(shown) // classes % (len(ICL_TEXTS) - 1)  # the last is for the question
+        shown += [f"{texts[t][line]}\nlabel: {label[t]}" for t in rng.permutation(classes)]
+    questions = [TextQuestion(f"\n\n{texts[t][-1]}\nlabel:", (f"{label[t]}",), chance=1 / classes)
+                 for t in rng.choice(classes, len(depths), replace=len(depths) > classes)]
     head = "Label the last text as the examples are labelled. Write only its label, as they do.\n\n"
-    return TextExample(head + "\n\n".join(shown), questions)
+    return TextExample(head + "\n\n".join(shown[:size + classes]), questions)
 
 
 def draw_rerank(rng: Rng, size: int, depths: list[float]) -> TextExample:
@@ -193,29 +182,3 @@ def draw_rerank(rng: Rng, size: int, depths: list[float]) -> TextExample:
     head = ("Rank the passages below by how well they fit the query, the best first. Write the IDs "
             "of the best ten in this form: Ranking: ID3 > ID1 > ID2\n\n")
     return TextExample(head + "\n\n".join(items), questions)
-
-
-QA_TASK = "Answer the question by the documents below, in a few words.\n\n"
-FACTS = (("was born in {}", "In which town was {} born?"),
-         ("learned the trade of a {}", "Which trade did {} learn?"),
-         ("married {}", "Whom did {} marry?"),
-         ("is buried in {}", "In which town is {} buried?"))
-
-
-def draw_qa(rng: Rng, size: int, depths: list[float]) -> TextExample:
-    """Passages about people; a question that one of them answers (HELMET's RAG)."""
-    size += len(depths)
-    second = random_words(rng, size, 3)
-    values = np.char.title(random_words(rng, 4 * size, 4)).reshape(size, 4)  # one for each fact
-    people = [f"{a} {b}".title() for a, b in zip(random_words(rng, size, 2), second, strict=True)]
-    items = []
-    for person, row in zip(people, values, strict=True):
-        told = [f"{person} {fact.format(value)}"
-                for (fact, _), value in zip(FACTS, row, strict=True)]
-        items.append(f"Document (Title: {person}): {'. '.join(told)}.")
-    questions = []
-    for i in items_at(depths, size):
-        f = int(rng.integers(len(FACTS)))
-        prompt = f"\n\nQuestion: {FACTS[f][1].format(people[i])}\nAnswer:"
-        questions.append(TextQuestion(prompt, (str(values[i, f]),), items[i]))
-    return TextExample(QA_TASK + "\n\n".join(items), questions)

@@ -141,10 +141,6 @@ def solve(name: str, text: str, prompt: str) -> str:
         wanted = set(re.findall(r"\b[a-z]{4}\b", prompt)) - {"came", "from", "sell", "fair"}
         ranked = sorted(passages, key=lambda p: -len(wanted & set(re.findall(r"\w+", p[1]))))
         return " ID" + " > ID".join(number for number, _ in ranked[:10])
-    for fact, question in tasks.FACTS:
-        asked = re.search(re.escape(question).replace(r"\{\}", "(.+)"), prompt)
-        if asked:
-            return re.search(re.escape(f"{asked[1]} {fact}").replace(r"\{\}", r"(\w+)"), text)[1]
     raise AssertionError(name)
 
 
@@ -210,7 +206,7 @@ def test_teacher_forcing_agrees_with_greedy_decoding(task, length):
 def test_questions_do_not_see_each_other():
     """The cache is cut back: each question is answered as if it were the only one."""
     model = sharp_model()
-    for name, length in (("recall", 256), ("qa", 1000)):
+    for name, length in (("recall", 256), ("json_kv", 1000)):
         (example,) = make(TOKENIZER, name, length, 1, questions=3)
         alone = [dataclasses.replace(example, questions=(q,)) for q in example.questions]
         together, *each = (evaluation.answer_questions(model, TOKENIZER, e, exact=False)
@@ -247,7 +243,7 @@ def test_a_stopped_evaluation_goes_on_where_it_was(model, tmp_path, monkeypatch)
 
 
 def test_local_files_in_every_known_format(model, tmp_path):
-    """RULER's, JSON pairs, passages, re-ranking and ICL lines: scored by their rules."""
+    """RULER's, JSON pairs, passages and re-ranking: scored by their rules."""
     ctxs = [{"id": str(i), "title": f"T{i}", "text": f"text {i}", "label": i % 3} for i in range(5)]
     files = {
         "niah": ({"input": "What are 1 and 2?", "outputs": ["1", "2"]}, "1 and no more", 0.5),
@@ -264,18 +260,16 @@ def test_local_files_in_every_known_format(model, tmp_path):
         assert task.score(written, example.questions[0]) == pytest.approx(score), name
     prompt = TOKENIZER.decode([*example.context_ids[1:], *example.questions[0].prompt_ids])
     assert "[ID: 3] Document: text 3" in prompt and prompt.endswith("Query: what\nRanking:")
-    mine = [json.dumps({"text": f"t{i}", "label": i % 4}) + "\n" for i in range(40)]
-    (tmp_path / "mine.jsonl").write_text("".join(mine))
-    names = ",".join(str(tmp_path / f"{name}.jsonl") for name in [*files, "mine"])
-    config = options(tmp_path, tasks="", data=names, samples=2, lengths="300")
+    names = ",".join(str(tmp_path / f"{name}.jsonl") for name in files)
+    config = options(tmp_path, tasks="", data=names, samples=2)
     done = evaluation.evaluate(model, config, "m")
-    assert [r["n"] for r in done["results"]] == [1, 1, 1, 1, 1, 2]
+    assert [r["n"] for r in done["results"]] == [1, 1, 1, 1, 1]
     assert done["results"][0]["length"] > 100 and "niah" in evaluation.format_table([done])
 
 
 @pytest.mark.parametrize("line, words", [
     ('{"a": 1}', "no known format"), ("{", "bad.jsonl:1 is not JSON"), ("", "no JSON objects"),
-    ('{"input": "x", "outputs": [3]}', "expected str"), ('{"text": "x", "label": 3}', "two lines")])
+    ('{"input": "x", "outputs": [3]}', "expected str")])
 def test_a_bad_file_is_one_clear_error(tmp_path, line, words):
     (tmp_path / "bad.jsonl").write_text(line + "\n")
     with pytest.raises(ValueError, match=words):
