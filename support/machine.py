@@ -40,7 +40,9 @@ def start_distributed(world_size: int) -> torch.device:
         options: dict[str, Any] = {"timeout": timedelta(hours=6)}
         if world_size == 1:  # alone: no port, no network
             options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
+        # gloo beside nccl: with --host-optimizer norms and sums are on the host.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, **options)
     return device
 
 
