@@ -380,8 +380,8 @@ class Transformer(nn.Module):
              parallel: Parallel | None = None, by_token: bool = False) -> tuple[Tensor, Tensor]:
         """Sum of this rank's cross-entropies (nats), and how many labels took part.
 
-        `labels` (T,) are already shifted. We return a sum, or with `by_token` all that it is of
-        (T,), and train.py divides by the valid tokens of the whole step (section A.3).
+        `labels` (T,) are already shifted. With `by_token` we return each token's loss (T,) instead
+        of their sum. train.py divides by the valid tokens of the whole step (section A.3).
         """
         hidden = Transformer.forward(self, input_ids, doc_lens, parallel)
         chunk_tokens = self.memory.loss_chunk_tokens or len(labels)

@@ -381,12 +381,14 @@ def train_step(model: Transformer, optimizer: Optimizer, batches: Sequence[Batch
         losses.append(loss.detach())
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    rows = sum_by_sequence(losses, batches[0], parallel), counts, norm.to(counts).expand_as(counts)
+    loss_sums = sum_by_sequence(losses, batches[0], parallel)  # (sequences of the step,)
+    rows = loss_sums, counts, norm.to(counts).expand_as(counts)
     sums, tokens, norms = torch.stack(rows).tolist()  # the only wait for the device
     domains: dict[str, tuple[float, int]] = {}
     for source, loss_sum, n in zip(sources, sums, tokens, strict=bool(sources)):
-        before = domains.get(name := source.rpartition("[")[0], (0.0, 0))
-        domains[name] = before[0] + loss_sum, before[1] + int(n)
+        name = source.rpartition("[")[0]
+        sum_before, n_before = domains.get(name, (0.0, 0))
+        domains[name] = sum_before + loss_sum, n_before + int(n)
     result = StepResult(sum(sums) / max(1, sum(tokens)), norms[0], int(sum(tokens)), domains)
     if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
         optimizer.zero_grad()
