@@ -26,7 +26,6 @@ Nothing needs to be downloaded: every Python installation holds megabytes of cod
 of your own is tokenized once and packed as often as you like:
 
     python data.py pack --domain code_repos-2k --seq 2k --sequences 500 --out packs/code_repos-2k
-    python data.py inspect packs/code_repos-2k
     python data.py tokenize --input ~/src --format repos --tokenizer llama3 --out docs/code
     python data.py pack --from docs/code --domain code-64k --seq 64k --out packs/code-64k
 """
@@ -47,7 +46,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from support import cli, files, installed, mds, texts, tokenizers, toy
+from support import cli, files, hf, installed, mds, texts, tokenizers, toy
 from support import inspect as show
 from support.cli import option, parse_cli, parse_length, run_main
 from support.installed import generator
@@ -410,15 +409,16 @@ def load_tokenizer(spec: str = "bytes") -> Tokenizer:
     return Tokenizer(spec, *tokenizers.load_encoding(spec))
 
 
-def tokenizer_for(model_folder: str | Path, spec: str) -> Tokenizer:
-    """Load `spec` for the model in a folder. Raises ValueError if it was trained with another one.
+def tokenizer_for(model_folder: str | Path | None, spec: str = "") -> Tokenizer:
+    """The tokenizer in a model's folder; "bytes" where there is none.
 
-    To the model, ids of another tokenizer are other words, and only bad scores would show it.
+    Raises ValueError if `spec` is another one: only bad scores would show that.
     """
-    tokenizer, own = load_tokenizer(spec), Path(model_folder, "tokenizer.json")
-    if own.is_file() and load_tokenizer(str(model_folder)).fingerprint != tokenizer.fingerprint:
-        raise ValueError(f"{own} is not tokenizer {spec!r}; write --tokenizer {model_folder}")
-    return tokenizer
+    own = hf.own_tokenizer(Path(model_folder), not spec) if model_folder else ""
+    tokenizer, tiny = load_tokenizer(spec or own or "bytes"), load_tokenizer()
+    if own and load_tokenizer(own).fingerprint != tokenizer.fingerprint:
+        raise ValueError(f"{own} has not tokenizer {spec!r}; write --tokenizer {own}")
+    return tiny if tokenizer.fingerprint == tiny.fingerprint else tokenizer
 
 
 # --- 6. Domains that need no download ---------------------------------------------------
@@ -431,7 +431,7 @@ def tokenizer_for(model_folder: str | Path, spec: str) -> Tokenizer:
 def code_repos(tokenizer: Tokenizer, seed: int, held_out: bool = False) -> Iterator[Document]:
     """Each repository is one document: all its files in a random order, joined (section 3.1).
 
-    Other work orders them by dependency. Random order keeps related files further apart.
+    Random order keeps related files further apart than an order by dependency.
     """
     repositories = installed.list_repositories(held_out)
     names = list(repositories)
@@ -442,10 +442,7 @@ def code_repos(tokenizer: Tokenizer, seed: int, held_out: bool = False) -> Itera
 
 
 def textbooks(tokenizer: Tokenizer, seed: int) -> Iterator[Document]:
-    """Prose, chapters joined to books (A.2): Python's language reference, then docstrings.
-
-    A package is a book, its modules' docstrings are the chapters, in the same order for any seed.
-    """
+    """Prose, chapters joined to books (A.2): Python's language reference, then docstrings."""
     return (tokenizer.document(book) for book in installed.books())
 
 
@@ -546,6 +543,7 @@ def pack_builtin(domain: str, tokenizer: Tokenizer, seq_len: int, seed: int, rep
         raise ValueError(f"documents of {domain!r} must fill sequences of {seq_len:,} tokens "
                          "without a cut; choose a divisor as their length, and no --ranks")
     if name in SYNTHETIC_DOMAINS:
+        toy.check_symbols(tokenizer.specials, domain)
         return pack_short(SYNTHETIC_DOMAINS[name](tokenizer, seed, length), seq_len, report)
     found: Iterable[Document] = LONG_DOMAINS[name](tokenizer, seed)
     if name == "textbooks" and length > LONGEST_BOOK:
@@ -584,11 +582,7 @@ def read_tokenized(folder: str | Path, seed: int) -> Iterator[Document]:
 
 def pack_tokenized(folder: str, rule: str, domain: str, seq_len: int, seed: int,
                    report: PackReport, ranks: int = 1) -> Iterator[PackedSequence]:
-    """Pack a tokenized folder by a rule of A.2: long, short or sft; auto: long for a NAME-LENGTH.
-
-    "books-64k" in sequences of 512K leaves documents of 512K and more to "books-512k": no document
-    is in both.
-    """
+    """Pack a tokenized folder by a rule of A.2: long, short, sft; auto: long for a NAME-LENGTH."""
     length = parse_domain(domain).length
     if rule == "auto":
         rule = "short" if length is None else "long"
@@ -669,10 +663,8 @@ def main() -> None:
         tokenize(parse_cli(TokenizeConfig, tokenize.__doc__, rest))
     elif command == "pack":
         pack(parse_cli(PackConfig, pack.__doc__, rest))
-    elif command == "inspect" and len(rest) == 1 and not rest[0].startswith("-"):
-        inspect(rest[0])
-    elif command == "inspect" and len(rest) == 2 and rest[0] == "--check":
-        inspect(rest[1], check=True)
+    elif command == "inspect" and rest[:-1] in ([], ["--check"]) and rest[-1:] != ["--help"]:
+        inspect(rest[-1], check=len(rest) == 2)
     elif command in ("-h", "--help"):
         print(__doc__)
     else:

@@ -13,7 +13,7 @@ for models of a few layers. The depth says where in the context the answer stand
 Lengths count the model's own tokens. All code in contexts is code that training never sees.
 
     python eval.py --model runs/tiny/checkpoints/ultra-70 --tasks recall,icl --lengths 1k,4k
-    python eval.py --model DIR --tokenizer DIR --tasks text --lengths 8k,32k --samples 100
+    python eval.py --model DIR --tasks text --lengths 8k,32k --samples 100
     python eval.py --compare runs/a/eval/long-1200.json,runs/b/eval/long-1200.json
 
 Text tasks follow HELMET (2410.02694) and RULER (2404.06654) in words of our own: their scores
@@ -38,20 +38,11 @@ import torch
 from tqdm import tqdm
 
 import data
+import model as llama
 from data import Tokenizer, load_tokenizer
-from model import (
-    KVCache,
-    Parallel,
-    Transformer,
-    chunked_cross_entropy,
-    generate,
-    init_parallel,
-    load_pretrained,
-    read,
-    stream,
-)
+from model import KVCache, Parallel, Transformer, generate, read, stream
 from support import fitting, scores, tasks, toy
-from support.cli import choose, format_length, option, parse_length, print_timed
+from support.cli import choose, format_length, option, parse_length, print_timed, warn
 from support.files import open_record
 from support.report import compare_files, draw_scores
 from support.scores import cut_around, format_table, save_evaluation
@@ -101,11 +92,6 @@ class Task:
 # held-out code, and we ask each question on its own.
 
 
-def is_tiny(tokenizer: Tokenizer) -> bool:
-    """Whether the tokenizer has the special tokens of these tasks."""
-    return "<|pair|>" in tokenizer.encoding._special_tokens
-
-
 def recall_examples(tokenizer: Tokenizer, length: int, n: int, questions: int, seed: int,
                     bare: bool = False) -> list[Example]:
     """16 pairs scattered in held-out code, or in blanks if `bare`, and a question about each."""
@@ -119,9 +105,7 @@ def recall_examples(tokenizer: Tokenizer, length: int, n: int, questions: int, s
 
 def haystack_room(tokenizer: Tokenizer, length: int, n_pairs: int = toy.N_PAIRS) -> int:
     """How many tokens are left beside begin of text, the pairs, a question and its answer."""
-    if not is_tiny(tokenizer):
-        raise ValueError(f"recall is in special tokens of the tokenizer 'bytes', which "
-                         f"{tokenizer.spec!r} lacks; choose --tasks text")
+    toy.check_symbols(tokenizer.specials, "recall")
     needed = 1 + (n_pairs + 1) * toy.PAIR_LEN
     if length < needed:
         raise ValueError(f"recall of {n_pairs} pairs needs {needed} tokens, got {length}")
@@ -150,9 +134,9 @@ def icl_examples(tokenizer: Tokenizer, length: int, n: int, questions: int,
     """As many labelled lines as fit; the questions are new lines, to be labelled like those."""
     n_lines = (length - 1) // toy.ICL_LINE - 1
     n_topics = len(toy.TOPICS)
-    if n_lines < n_topics or not is_tiny(tokenizer):
-        raise ValueError(f"icl needs the tokenizer 'bytes' and room for {n_topics} lines, "
-                         f"got {tokenizer.spec!r} and {length} tokens")
+    toy.check_symbols(tokenizer.specials, "icl")
+    if n_lines < n_topics:
+        raise ValueError(f"icl needs room for {n_topics} lines, got {length} tokens")
     rng = np.random.default_rng((seed, length, n))
     examples = []
     for lines in toy.icl_lines(rng, n, n_lines + questions):
@@ -228,7 +212,8 @@ TASKS: dict[str, Task] = {
 }
 _tokens = [name for name, task in TASKS.items() if task.exact]
 _text = [name for name in TASKS if name not in _tokens]
-GROUPS = {"tokens": _tokens, "toy": _tokens, "text": _text, "all": list(TASKS)}
+GROUPS = {"tokens": _tokens, "text": _text, "few": ["json_kv", "needle", "icl_6", "rerank"],
+          "all": list(TASKS)}
 
 
 def find_task(name: str) -> Task:
@@ -243,11 +228,10 @@ def answer_questions(model: Transformer, tokenizer: Tokenizer, example: Example,
                      parallel: Parallel | None = None) -> list[str]:
     """What the model writes for each question.
 
-    The model reads the context once. Each question continues from its KV cache, which we cut back
-    before the next one.
+    The model reads the context once. Each question continues from its KV cache, then cut back.
 
-    With `exact` we feed the right answer and take the most likely token at each position. If all
-    match, greedy decoding would have produced just this answer, and one forward pass tells us so.
+    With `exact` we feed the right answer, and take the most likely token at each position. If all
+    match, greedy decoding would have written just this answer.
     """
     cache = KVCache()
     read(model, example.context_ids.tolist(), cache, parallel=parallel)
@@ -275,9 +259,8 @@ def line_ends(tokenizer: Tokenizer) -> frozenset[int]:
 
 
 def run_task(model: Transformer, tokenizer: Tokenizer, task: str, length: int, n: int,
-             seed: int = 0, greedy_decode: bool = False,
-             progress: Callable[[int], Any] = lambda n: None, per_context: int = 1,
-             parallel: Parallel | None = None,
+             seed: int = 0, progress: Callable[[int], Any] = lambda n: None,
+             per_context: int = 1, parallel: Parallel | None = None,
              record: dict[tuple[Any, ...], Any] | None = None) -> dict[str, Any]:
     """Score one task at one length over at least `n` questions: a row of the results.
 
@@ -289,11 +272,10 @@ def run_task(model: Transformer, tokenizer: Tokenizer, task: str, length: int, n
     if not length:  # of a file's ready prompts
         length = max(len(e.context_ids) + len(e.questions[0].prompt_ids) + e.budget
                      for e in examples)
-    exact = chosen.exact and not greedy_decode
     contexts = []
     for i, example in enumerate(examples):
         if (task, length, i) not in record:
-            answers = answer_questions(model, tokenizer, example, exact, parallel)
+            answers = answer_questions(model, tokenizer, example, chosen.exact, parallel)
             record[task, length, i] = [
                 {"context": i, "around": tokenizer.decode(cut_around(example.context_ids, q.depth)),
                  "prompt": tokenizer.decode(q.prompt_ids), "answers": list(q.answers),
@@ -349,8 +331,7 @@ def bits_per_byte(model: Transformer, tokenizer: Tokenizer, length: int, n: int,
 
     Bytes, because tokenizers cut one text into different numbers of tokens. We sum the loss of `n`
     documents (1,024 at most) over positions 0-256, 256-512, ... and the last quarter. "short" are
-    documents of 256 tokens, which longer ones must not harm. Source: Figure 1, whose point is that
-    this number improves while abilities may not.
+    documents of 256 tokens. Source: Figure 1: this number may improve while abilities do not.
     """
     device = model.embed_tokens.weight.device
     rank, ranks = (parallel.sp_rank, parallel.sp_size) if parallel else (0, 1)
@@ -366,7 +347,7 @@ def bits_per_byte(model: Transformer, tokenizer: Tokenizer, length: int, n: int,
             ids, labels = (x.to(device) for x in batch.shard(rank, ranks))
             hidden = model(ids, batch.doc_lens, parallel)  # (T,) -> (T, C)
             position = torch.arange(1, len(ids) + 1, device=device) + rank * len(ids)  # of labels
-            nats = chunked_cross_entropy(hidden, model.lm_head.weight, labels)
+            nats = llama.chunked_cross_entropy(hidden, model.lm_head.weight, labels)
             for i, (_, begin, end) in enumerate(parts):
                 inside = (begin <= position) & (position < end)
                 bits[i] += float(nats[inside].sum(dtype=torch.float64)) / math.log(2)
@@ -397,7 +378,7 @@ def quick_scores(model: Transformer, tokenizer: Tokenizer, length: int, parallel
     question also sees those before it. All ranks must call it.
     """
     found, device = {}, parallel.device
-    for name in ("recall", "icl") if is_tiny(tokenizer) else ("json_kv", "icl_6"):
+    for name in ("recall", "icl") if tokenizer.spec == "bytes" else ("json_kv", "icl_6"):
         task = TASKS[name]
         questions = questions_each(task, length, per_context=4)
         examples = task.examples(tokenizer, length, n * parallel.dp_size, questions, seed)
@@ -432,18 +413,15 @@ def join_answers(tokenizer: Tokenizer, example: Example,
 @dataclass(frozen=True)
 class EvalConfig:
     model: str = option("", "folder of the model to evaluate")
-    tasks: str = option("", "tasks, with commas; tokens, text and all are groups (default: tokens "
-                            "for the tokenizer bytes, else text)")
-    lengths: str = option("", "context lengths, with commas (default: 256,512,1k,2k,4k,8k,16k for "
-                              "the tokenizer bytes, else 4k,8k,16k)")
-    samples: int = option(200, "questions per task and length", parse_length)
-    long_samples: int | None = option(None, "questions from 8k on", parse_length)
-    per_context: int = option(1, "questions that may share a text context", parse_length)
+    tasks: str = option("", "tasks or groups: tokens (for bytes), few (for others), text, all")
+    lengths: str = option("", "as 2k,8k (for bytes 256 to 16k; else context / 4, context, to 64k)")
+    samples: int | None = option(None, "questions a task and length (200; few: 16)", parse_length)
+    per_context: int = option(4, "questions that may share a text context", parse_length)
     data: str = option("", "JSONL files in HELMET's or RULER's formats, with commas: more tasks")
-    bpb_length: int = option(2048, "context of bits per byte by position", parse_length)
-    decode: bool = option(False, "write every answer greedily instead of teacher forcing")
+    bpb_length: int = option(2048, "context of bits per byte; 0: none",
+                             lambda text: int(text != "0") and parse_length(text))
     dtype: str = option("", "float32, bfloat16 or float64 (default: as stored)")
-    tokenizer: str = option("bytes", "tokenizer")
+    tokenizer: str = option("", "tokenizer (default: the model's own)")
     out: str = option("", "folder for results and figures (default: beside the model)")
     compare: str = option("", "instead: two results, A.json,B.json, to draw together and test")
     seed: int = option(0, "seed of the questions", int)
@@ -453,22 +431,33 @@ class EvalConfig:
     top_p: float = option(1.0, "draw from the most likely tokens that hold this share", float)
 
 
-def plan_jobs(config: EvalConfig, tokenizer: Tokenizer) -> list[tuple[str, int, int]]:
-    """Every (task, length, questions). We draw each task once, so that errors come at once."""
-    tiny = is_tiny(tokenizer)
-    groups = config.tasks or ("" if config.data else "tokens" if tiny else "text")
-    lengths_text = config.lengths or ("256,512,1k,2k,4k,8k,16k" if tiny else "4k,8k,16k")
-    lengths = [parse_length(text) for text in lengths_text.split(",")]
-    names = [name for group in groups.split(",") for name in GROUPS.get(group, [group])]
-    jobs = []
-    for name in dict.fromkeys(filter(None, [*names, *config.data.split(",")])):
+def plan_jobs(config: EvalConfig, tokenizer: Tokenizer,
+              context: int = 2**16) -> list[tuple[str, int, int]]:
+    """Every (task, length, questions). We draw each once, so that errors come at once.
+
+    A group's tasks that have no room in a length are left out.
+    """
+    tiny, longest = tokenizer.spec == "bytes", min(context, 2**16)
+    asked = config.tasks or ("" if config.data else "tokens" if tiny else "few")
+    groups = [*asked.split(","), *config.data.split(",")]
+    usual = "256,512,1k,2k,4k,8k,16k" if tiny else f"{longest // 4},{longest}"
+    lengths = [parse_length(text) for text in (config.lengths or usual).split(",")]
+    if max(lengths) > context:
+        warn(f"lengths of up to {max(lengths):,} are beyond the model's context of {context:,}")
+    names = [name for group in groups if group for name in GROUPS.get(group, [group])]
+    n, jobs = config.samples or (16 if "few" in groups else 200), []
+    for name in dict.fromkeys(names):
         task = find_task(name)
-        own = lengths if task.only_length is None else [task.only_length]
-        questions = questions_each(task, min(own), config.per_context)
-        task.examples(tokenizer, min(own), 1, questions, config.seed)
-        for length in own:
-            samples = config.long_samples if length >= 8192 else None
-            jobs.append((name, length, samples or config.samples))
+        for length in lengths if task.only_length is None else [task.only_length]:
+            questions = questions_each(task, length, config.per_context)
+            try:
+                task.examples(tokenizer, length, 1, questions, config.seed)
+            except ValueError as error:
+                if name in groups:
+                    raise
+                warn(f"left out: {error}")
+                continue
+            jobs.append((name, length, n))
     return jobs
 
 
@@ -478,8 +467,8 @@ def evaluate(model: Transformer, config: EvalConfig, name: str, parallel: Parall
 
     With a file for `predictions`, a stopped evaluation continues where it was.
     """
-    tokenizer = load_tokenizer(config.tokenizer)
-    jobs = plan_jobs(config, tokenizer)
+    tokenizer = data.tokenizer_for(config.model, config.tokenizer)
+    jobs = plan_jobs(config, tokenizer, model.config.max_seq_len)
     settings = asdict(config) | {"tokenizer_fingerprint": tokenizer.fingerprint}
     times = [path.stat().st_mtime for path in Path(config.model).glob("*.safetensors")]
     record = open_record(predictions, settings | {"weights_of": max(times, default=0)}, parallel)
@@ -489,10 +478,11 @@ def evaluate(model: Transformer, config: EvalConfig, name: str, parallel: Parall
     model.eval()
     with tqdm(total=total, unit="tok", unit_scale=True, desc=f"evaluate {name}", leave=False,
               disable=None if main else True) as bar:
-        results = [run_task(model, tokenizer, task, length, n, config.seed, config.decode,
+        results = [run_task(model, tokenizer, task, length, n, config.seed,
                             bar.update, config.per_context, parallel, record)
                    for task, length, n in jobs]
-    bits = bits_per_byte(model, tokenizer, config.bpb_length, 16, config.seed, parallel)
+    size = config.bpb_length
+    bits = bits_per_byte(model, tokenizer, size, 16, config.seed, parallel) if size else []
     return {"model": name, "settings": settings, "results": results, "bits_per_byte": bits}
 
 
@@ -500,8 +490,8 @@ def evaluate(model: Transformer, config: EvalConfig, name: str, parallel: Parall
 
 
 def continue_text(model: Transformer, config: EvalConfig) -> None:
-    """Print how the model continues the text of a file, and how fast."""
-    tokenizer = load_tokenizer(config.tokenizer)
+    """Print how the model continues a file's text, and how fast."""
+    tokenizer = data.tokenizer_for(config.model, config.tokenizer)
     try:
         text = Path(config.prompt).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -520,12 +510,11 @@ def main() -> None:
         raise ValueError("--model is missing; name a folder, as runs/tiny/checkpoints/long-1200")
     dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float64")}
     dtype = choose("--dtype", config.dtype, dtypes) if config.dtype else None
-    data.tokenizer_for(config.model, config.tokenizer)  # refuses one that is not the model's
     folder, world = Path(config.model), int(os.environ.get("WORLD_SIZE", 1))
-    parallel = init_parallel(world) if world > 1 else None  # all ranks share every text
+    parallel = llama.init_parallel(world) if world > 1 else None  # all ranks share every text
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = parallel.device if parallel else device
-    model = load_pretrained(folder, dtype=dtype, device=device)
+    model = llama.load_pretrained(folder, dtype=dtype, device=device)
     if config.prompt:
         return continue_text(model, config)
     out = Path(config.out or folder / "eval")

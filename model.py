@@ -30,8 +30,7 @@ H query heads, H_kv key/value heads, D head dim, C model dim, V vocabulary, N do
     python model.py export runs/tiny/checkpoints/ultra-70 exported --dtype bfloat16
 
 Sources: ProLong (arXiv 2410.02660) section 6.1, B.1, B.2, A.3; RoPE (2104.09864); Ulysses
-(2309.14509). Unlike ProLong's code, positions restart at every document, and KV heads are not
-expanded before they are exchanged.
+(2309.14509). Unlike in ProLong's code, positions restart at every document.
 """
 
 from __future__ import annotations
@@ -111,16 +110,15 @@ def preset_config(name: str, vocab_size: int) -> ModelConfig:
 def ntk_rope_theta(theta: float, from_len: float, to_len: float, head_dim: int) -> float:
     """The base that dynamic NTK suggests for a longer context: theta * t^(d/(d-2)), t = to/from.
 
-    Source: B.1. The paper then goes about twice as far (8e6 where this says 4.1e6).
+    A shorter one keeps theta. The paper goes about twice as far (8e6 where this says 4.1e6): B.1.
     """
-    return theta * (to_len / from_len) ** (head_dim / (head_dim - 2))
+    return theta * max(1, to_len / from_len) ** (head_dim / (head_dim - 2))
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     """Return the rotation per position of each dimension pair, and a factor on cos and sin.
 
-    (D/2,) float64 radians per token, and a number that is 1 except for YaRN. The `rope_type` of
-    `rope_scaling` is default, linear, llama3 or yarn.
+    (D/2,) float64 radians per token, and a number that is 1 except for YaRN.
     """
     head_dim, theta = config.head_dim, config.rope_theta
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim  # (D/2,)
@@ -400,8 +398,8 @@ class Transformer(nn.Module):
     def init_weights(self, seed: int) -> Transformer:
         """Draw all weights with a deviation of 1/sqrt(C), less for what adds to the residual.
 
-        For Llama's widths that is about the usual 0.02. At width 64, 0.02 would be so small that
-        some seeds never get past half of the recall task (docs/LOG.md).
+        For Llama's widths that is about the usual 0.02. At width 64, with 0.02 some seeds never get
+        past half of the recall task (docs/LOG.md).
         """
         generator = torch.Generator(self.embed_tokens.weight.device).manual_seed(seed)
         for name, weight in self.named_parameters():
@@ -434,8 +432,7 @@ class Transformer(nn.Module):
 # --- 5. The loss, and what is kept for backward -----------------------------------------
 #
 # Backward needs what forward computed. At 64K tokens a rank, keeping it all takes 20 times the
-# memory of the weights (docs/512K.md). Each option computes something twice instead; none changes
-# a number.
+# memory of the weights (docs/512K.md). Each option computes some twice, and none changes a number.
 
 
 @dataclass(frozen=True)

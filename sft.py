@@ -17,8 +17,7 @@ is a stage like any other. This file makes its data and calls train.run_stage.
 
     python sft.py --init runs/tiny                      questions about the installed Python
     python sft.py --init runs/tiny --data mine.jsonl    "messages", or ShareGPT's "conversations"
-    torchrun --nproc-per-node 8 sft.py --recipe prolong --init DIR \\
-        --data HuggingFaceH4/ultrachat_200k:train_sft
+    torchrun --nproc-per-node 8 sft.py --init DIR --data HuggingFaceH4/ultrachat_200k:train_sft
     python sft.py --chat runs/sft
 """
 
@@ -42,7 +41,7 @@ import train
 from data import IGNORE_INDEX, Document, PackedSequence, PackReport, Tokenizer, option, parse_length
 from eval import wilson_interval
 from model import KVCache, Transformer, empty_pretrained, load_pretrained, stream
-from support import installed
+from support import hf, installed
 from support.chats import Message, ask_about_context, read_chats
 from support.cli import choose, print_tokens
 from support.texts import SUFFIXES, read_rows
@@ -78,6 +77,15 @@ CHAT_TEMPLATES = {
                            "\n\n", "<|eot_id|>", "", strip=True),
     "chatml": ChatTemplate("", "<|im_start|>{role}", "\n", "<|im_end|>", "\n", strip=False),
 }
+
+
+def template_for(tokenizer: Tokenizer, folder: Path) -> str:
+    """The family that a model's chat template shows, or without one its special tokens."""
+    shown = hf.chat_template(folder) or tokenizer.specials
+    for name, form in CHAT_TEMPLATES.items():
+        if form.end in shown:
+            return name
+    raise ValueError(f"{folder} shows none of {', '.join(CHAT_TEMPLATES)}; name one by --template")
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], template: str = "llama3",
@@ -134,8 +142,7 @@ def encode_text(tokenizer: Tokenizer, form: ChatTemplate,
 #     value     ~QX7KA def main(): ~CPLM3 ... The value of C?        ?CPLM3
 #     label     ~A3~N7~X5~C3 ... The label of N?                     ~N7
 #
-# The first three are about names of the standard library. The other two are recall and ICL
-# in a conversation; ~, ? and A ... 7 are special tokens there.
+# The last two are recall and ICL; ~, ? and A ... 7 are special tokens.
 
 QUESTION_KINDS = {"kind": 0.25, "package": 0.4, "summary": 0.1, "value": 0.15, "label": 0.1}
 
@@ -202,21 +209,24 @@ STAGES = {  # stages like those of train.RECIPES; the RoPE base stays the model'
 
 @dataclass(frozen=True)
 class SftConfig(RunConfig):
-    recipe: str = option("tiny", f"one of {', '.join(STAGES)}: lengths, rates and tokens")
+    recipe: str = option("", f"one of {', '.join(STAGES)} (default: as train.py)")
     data: str = option("builtin", "conversations: builtin, a file, or a hub data set as NAME:SPLIT")
     mix: str = option("", "other mixture: chat=0.9,more.jsonl=0.1; `chat` is --data")
-    template: str = option("llama3", f"one of {', '.join(CHAT_TEMPLATES)}")
+    template: str = option("", f"one of {', '.join(CHAT_TEMPLATES)} (default: the model's own)")
     on_bad: str = option("stop", "at a damaged conversation: stop or skip")
     seq: int | None = option(None, "tokens of a packed sequence", parse_length)
     chat: str = option("", "talk to the model in this folder instead of training")
     max_new_tokens: int = option(512, "longest answer in --chat", parse_length)
 
 
-def stage_of(config: SftConfig) -> Stage:
-    """The recipe's stage with the command's changes."""
-    stage = choose("recipe", config.recipe, STAGES)
-    if config.seq:
-        stage = train.stage_at_length(stage, config.seq, head_dim=2)  # any: theta is not scaled
+def stage_of(config: SftConfig, context: int) -> Stage:
+    """The recipe's stage with the command's changes, within a context."""
+    stage = choose("recipe", config.recipe or "tiny", STAGES)
+    seq_len = config.seq or min(stage.seq_len, context)
+    if seq_len > context:
+        raise ValueError(f"sequences of {seq_len:,} tokens are longer than the model's context of "
+                         f"{context:,}; choose a --seq within it")
+    stage = train.stage_at_length(stage, seq_len, None)
     if config.mix:
         shares = data.parse_mixture(config.mix)
         mixture = {Path(name).name: share for name, share in shares.items()}
@@ -252,6 +262,8 @@ def pack_conversations(run: Run, stage: Stage, config: SftConfig) -> Path:
         conversations = conversations_of(sources[name], run.tokenizer, config, seq_len, left_out)
         documents = (encode_chat(run.tokenizer, each, config.template) for each in conversations)
         drawn = stage.tokens / seq_len * share / sum(stage.mixture.values())
+        if sources[name] == "builtin" and run.tokenizer.spec != "bytes":
+            drawn = min(drawn, 2**20 / seq_len)  # names soon repeat
         sequences = islice(data.pack_sft(documents, seq_len, packed), math.ceil(drawn) + 1)
         data.write_packed(root / name, sequences, run.tokenizer, seq_len, name, config.seed, packed)
         run.print0(f"{name}: {packed.documents_in:,} conversations, {packed.tokens_in:,} tokens, "
@@ -270,19 +282,21 @@ def fine_tune(config: SftConfig) -> Path:
     base, _ = train.initial_weights(replace(config, resume=""))
     if source is None or base is None:
         raise ValueError("--init is missing: name the model to fine-tune, as in --init runs/tiny")
-    stage = stage_of(config)
-    template = choose("template", config.template, CHAT_TEMPLATES)
     model = empty_pretrained(source, torch.float32)
-    if stage.seq_len > model.config.max_seq_len:
-        raise ValueError(f"sequences of {stage.seq_len:,} tokens are longer than the model's "
-                         f"context of {model.config.max_seq_len:,}; choose a --seq within it")
+    tokenizer = data.tokenizer_for(source, config.tokenizer)
+    usual = "tiny" if tokenizer.spec == "bytes" else "prolong"
+    config = replace(config, recipe=config.recipe or usual,
+                     template=config.template or template_for(tokenizer, source))
+    stage = stage_of(config, model.config.max_seq_len)
+    template = choose("template", config.template, CHAT_TEMPLATES)
+    end = tokenizer.special_id(template.end)
     resumed = state if config.resume else None  # Adam starts afresh, whatever --init has (Table 9)
     with train.start_run(config, "runs/sft", model, [stage], source, resumed) as run:
-        model.config = replace(model.config, eos_token_id=run.tokenizer.special_id(template.end))
+        model.config = replace(model.config, eos_token_id=end)
         model.files.pop("generation_config.json", None)  # the base model stops at another token
         model.files["chat_template.jinja"] = template.jinja.encode()
-        answers = partial(score_answers, tokenizer=run.tokenizer, template=config.template,
-                          n=config.samples, seed=config.seed)
+        answers = partial(score_answers, tokenizer=tokenizer, template=config.template,
+                          n=config.samples or 200, seed=config.seed)
         if config.eval:
             train.evaluate_checkpoint(run, "before", base, answers)
         train.run_stage(run, stage, pack_conversations(run, stage, config), resumed)
@@ -309,8 +323,8 @@ def chat(config: SftConfig) -> None:
     """Talk on the terminal. Ctrl-C stops an answer; between answers it leaves, like Ctrl-D."""
     folder = train.initial_weights(RunConfig(init=config.chat))[0] or Path(config.chat)
     model, tokenizer = load_pretrained(folder), data.tokenizer_for(folder, config.tokenizer)
-    messages, cache = list[Message](), KVCache()
-    limit = config.max_new_tokens
+    template = config.template or template_for(tokenizer, folder)
+    messages, cache, limit = list[Message](), KVCache(), config.max_new_tokens
     print(f"{folder}: Ctrl-C stops an answer, Ctrl-D leaves", file=sys.stderr)
     while True:
         try:
@@ -318,7 +332,7 @@ def chat(config: SftConfig) -> None:
         except (EOFError, KeyboardInterrupt):
             return
         ids: list[int] = []
-        written = answer(model, tokenizer, messages, config.template, limit, cache)
+        written = answer(model, tokenizer, messages, template, limit, cache)
         try:
             for token in print_tokens(tokenizer, written, tokenizer.eos_id):
                 ids.append(token)

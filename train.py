@@ -1,8 +1,8 @@
 """Training: a curriculum of stages, each with longer sequences than the last, and one exact step.
 
-    python train.py                                            the tiny recipe, on a laptop
-    torchrun --nproc-per-node 2 train.py                       the same numbers from two processes
-    torchrun --nproc-per-node 8 train.py --seq 512k            eight ranks share every sequence
+    python train.py                                   the tiny recipe, on a laptop
+    torchrun --nproc-per-node 2 train.py              the same numbers from two processes
+    torchrun --nproc-per-node 8 train.py --seq 512k   eight ranks share every sequence
     torchrun --nproc-per-node 8 train.py --recipe prolong --stage 64k --init DIR --data DIR
 
 A recipe is a list of stages, and a stage is data: its length, RoPE base, mixture, learning rate.
@@ -18,7 +18,7 @@ One step is one big batch, exactly, however many ranks and micro-batches it is d
     grad   = sum over ranks of its gradient                   FSDP must sum here, not average
 
 With a mean of micro-batch means, a token among 3 trained tokens would count as much as a hundred
-among 300 (section A.3). The authors' code divides by a running mean instead.
+among 300 (section A.3).
 
 To follow a run, begin with `train` and `run_stage` in section 7. Sources: ProLong Table 9, 4, 6.1,
 A.3, A.4; the authors' scripts where they differ.
@@ -53,9 +53,9 @@ from data import Batch, Mixture, PackedDataset, PackedSequence, Tokenizer
 from model import MemoryOptions, ModelConfig, Parallel, Transformer
 from support import memory, scores
 from support import run as runs
-from support.cli import choose, format_length, parse_cli, run_main
+from support.cli import choose, format_length, parse_cli, run_main, warn
 from support.files import whole_folder, write_json
-from support.memory import count_weights, dtype_for, memory_per_rank, memory_there  # noqa: F401
+from support.memory import dtype_for, memory_per_rank, memory_there  # noqa: F401
 from support.options import RunConfig, TrainConfig
 from support.report import draw_losses, draw_scores
 from support.run import Diverged, config_to_resume, fail_together, read_state, run_and_exit
@@ -138,8 +138,8 @@ ABLATION = [
 RECIPES = {"tiny": TINY, "prolong": PROLONG, "ablation": ABLATION}
 
 
-def stage_at_length(stage: Stage, seq_len: int, head_dim: int) -> Stage:
-    """The same stage at another length. Its longest documents follow it, and theta the NTK rule."""
+def stage_at_length(stage: Stage, seq_len: int, theta: float | None) -> Stage:
+    """The stage and its longest documents at another length and theta."""
     mixture: dict[str, float] = {}
     for domain, share in stage.mixture.items():
         kind = data.parse_domain(domain)
@@ -147,9 +147,6 @@ def stage_at_length(stage: Stage, seq_len: int, head_dim: int) -> Stage:
             length = seq_len if kind.length == stage.seq_len else min(kind.length, seq_len)
             domain = f"{kind.name}-{format_length(length)}"
         mixture[domain] = mixture.get(domain, 0) + share
-    theta = stage.rope_theta
-    if theta is not None and seq_len > stage.seq_len:
-        theta = llama.ntk_rope_theta(theta, stage.seq_len, seq_len, head_dim)
     batch_tokens = math.ceil(stage.batch_tokens / seq_len) * seq_len
     return replace(stage, seq_len=seq_len, mixture=mixture, rope_theta=theta,
                    batch_tokens=batch_tokens, tokens=stage.steps * batch_tokens)
@@ -158,14 +155,20 @@ def stage_at_length(stage: Stage, seq_len: int, head_dim: int) -> Stage:
 # --- 2. Which stages a command runs -----------------------------------------------------
 
 
-def choose_stages(config: TrainConfig, head_dim: int) -> list[Stage]:
+def choose_stages(config: TrainConfig, shape: ModelConfig) -> list[Stage]:
     """The recipe's stages, changed as the command says; with `--seq` its last one alone."""
-    stages = choose("recipe", config.recipe, RECIPES)
+    stages = choose("recipe", config.recipe or "tiny", RECIPES)
     if config.stage:
         by_name = {stage.name: stage for stage in stages}
         stages = [choose(f"stage of recipe {config.recipe}:", config.stage, by_name)]
-    if config.seq:
-        stages = [stage_at_length(stages[-1], config.seq, head_dim)]
+    if config.seq and config.seq != stages[-1].seq_len:
+        own, context = shape.rope_theta, shape.max_seq_len  # of the model, not of the recipe
+        theta = llama.ntk_rope_theta(own, context, config.seq, shape.head_dim)
+        stages = [stage_at_length(stages[-1], config.seq, theta)]
+        if theta != own and not config.rope_theta:
+            warn(f"theta for {config.seq:,} tokens by the NTK rule: {own:,.0f} -> {theta:,.0f}")
+    elif config.seq:
+        stages = stages[-1:]
     if config.mix and config.short_mix:
         raise ValueError("--mix gives the whole mixture; drop --short-mix")
     chosen = []
@@ -247,8 +250,8 @@ def prepare_data(run: Run, stage: Stage, packs: str) -> tuple[Path, Stage]:
 def pack_domains(stage: Stage, folder: Path, tokenizer: Tokenizer, seed: int) -> None:
     """Pack as many sequences of each embedded domain as the stage will draw.
 
-    Python installations may lack documents of the stage's length. We leave such a domain out and
-    say so; the others fill its share. Raises ValueError if none is left.
+    A domain without documents of the stage's length is left out, and said; others fill its share.
+    Raises ValueError if none is left.
     """
     shares = {name: share for name, share in stage.mixture.items() if share > 0}
     left_out = []
@@ -431,7 +434,7 @@ def save_checkpoint(folder: Path, model: Transformer, optimizer: Optimizer,
                     state: dict[str, Any], parallel: Parallel) -> None:
     """Write a checkpoint; every rank calls it. The folder gets its name when it is whole.
 
-    Raises OSError on all ranks if one can't write. Earlier checkpoints are not touched.
+    Raises OSError on all ranks if one can't write.
     """
     tensors, what = moments(model, optimizer), f"write {folder}"
     with ExitStack() as stack:
@@ -454,8 +457,7 @@ def load_checkpoint(folder: Path, model: Transformer,
                     optimizer: Optimizer) -> dict[str, Any]:
     """Read Adam's moments into a sharded model's optimizer, and return the state.
 
-    Any number of ranks may have written them; each reads the rows that it keeps now. Raises
-    ValueError for damaged ones and another model's.
+    Any ranks may have written them. Raises ValueError for damaged ones and another model's.
     """
     state = read_state(folder)
     for weight in model.parameters():
@@ -516,12 +518,15 @@ def train(config: TrainConfig) -> Path:
     """Run the chosen stages, or what is left of a run to resume; return the run folder."""
     config = config_to_resume(config) if config.resume else config
     source, state = initial_weights(config)
+    tokenizer = data.tokenizer_for(source, config.tokenizer)
+    usual = "tiny" if tokenizer.spec == "bytes" else "prolong"
+    config = replace(config, recipe=config.recipe or usual)
     if source:
         model = llama.empty_pretrained(source, torch.float32)
     else:
-        vocab_size = data.load_tokenizer(config.tokenizer).vocab_size
-        model = Transformer(llama.preset_config(config.model, vocab_size)).init_weights(config.seed)
-    stages = choose_stages(config, model.config.head_dim)
+        shape = llama.preset_config(config.model, tokenizer.vocab_size)
+        model = Transformer(shape).init_weights(config.seed)
+    stages = choose_stages(config, model.config)
     resumed = state if config.resume else None  # of its stage resumed["step"] steps are done
     first = [stage.name for stage in stages].index(resumed["stage"]) if resumed else 0
     with start_run(config, f"runs/{config.recipe}", model, stages, source, state) as run:
@@ -542,8 +547,8 @@ def run_stage(run: Run, stage: Stage, folder: Path,
     config, parallel, model = run.config, run.parallel, run.model
     layout = step_layout(stage, parallel, config.micro_batch_tokens)
     mixture, fingerprint = open_mixture(run, stage, folder, resumed)
-    if stage.rope_theta is not None:
-        model.set_rope(stage.rope_theta, stage.seq_len)
+    if stage.rope_theta is not None:  # a context never becomes shorter
+        model.set_rope(stage.rope_theta, max(stage.seq_len, model.config.max_seq_len))
     set_memory_and_announce(run, stage, layout, mixture)
 
     first = resumed["step"] if resumed else 0
@@ -672,8 +677,7 @@ def evaluate_checkpoint(run: Run, name: str, checkpoint: Path,
 def start_run(config: RunConfig, default_out: str, model: Transformer, stages: Sequence[Stage],
               source: Path | None, state: dict[str, Any] | None) -> Iterator[Run]:
     """Start ranks, model, folder and Adam, with weights from `source`, moments if `state`."""
-    spec, shape = config.tokenizer, model.config
-    tokenizer = data.tokenizer_for(source, spec) if source else data.load_tokenizer(spec)
+    tokenizer, shape = data.tokenizer_for(source, config.tokenizer), model.config
     longest = max(stages, key=lambda stage: stage.seq_len)
     world = int(os.environ.get("WORLD_SIZE", 1))
     sp_size = config.seq_parallel_size or default_seq_parallel_size(shape, longest, world)
@@ -710,10 +714,11 @@ def start_run(config: RunConfig, default_out: str, model: Transformer, stages: S
 
 
 def print_plan(config: TrainConfig) -> None:
-    """Whether each stage fits the ranks asked for, and how long it takes."""
+    """Whether each stage fits the ranks, and how long it takes."""
     world = config.world_size or 1
-    shape = llama.preset_config(config.model, data.load_tokenizer(config.tokenizer).vocab_size)
-    for stage in choose_stages(config, shape.head_dim):
+    vocab_size = data.tokenizer_for(None, config.tokenizer).vocab_size
+    shape = llama.preset_config(config.model, vocab_size)
+    for stage in choose_stages(config, shape):
         sp = config.seq_parallel_size or default_seq_parallel_size(shape, stage, world)
         chosen, _ = memory_options_for(config, shape, stage.seq_len // sp, world, 2,
                                        memory.GPU_BYTES, "cuda")

@@ -46,6 +46,7 @@ sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
 from data import PackedDataset, PackedSequence, format_length  # noqa: E402
+from model import preset_config  # noqa: E402
 from train import RECIPES, TrainConfig, choose_stages, pack_domains  # noqa: E402
 
 STAGES = {stage.name: stage for stage in RECIPES["tiny"]}
@@ -257,8 +258,8 @@ def change_config(start: Path, folder: Path, changes: dict[str, Any]) -> Path:
 def pack_transformed(command: Sequence[str], folder: Path, transform: Transform) -> None:
     """Pack the domains as `command` (of train.py) would, then write their transforms."""
     config = data.parse_cli(TrainConfig, None, command[1:])
-    stage, = choose_stages(config, head_dim=16)
-    tokenizer = data.load_tokenizer(config.tokenizer)
+    stage, = choose_stages(config, preset_config(config.model, 295))
+    tokenizer = data.tokenizer_for(None, config.tokenizer)
     for name in ("plain", "packs"):
         shutil.rmtree(folder / name, ignore_errors=True)
     pack_domains(stage, folder / "plain", tokenizer, config.seed)

@@ -40,6 +40,11 @@ def parse_length(text: str | int) -> int:
     return int(digits) * _UNITS[unit]
 
 
+def warn(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
+
+
 def format_length(tokens: int) -> str:
     """The shortest way to write a length: 2048 -> "2k"."""
     unit, size = next(item for item in reversed(_UNITS.items()) if tokens % item[1] == 0)

@@ -129,6 +129,24 @@ def read_companions(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).is_file()}
 
 
+def own_tokenizer(folder: Path, needed: bool) -> str:
+    """The folder, if a tokenizer is in it, or "". Raises ValueError if a large model needs one."""
+    if (folder / "tokenizer.json").is_file():
+        return str(folder)
+    config = folder / "config.json"
+    if needed and config.is_file() and read_json(config, {"vocab_size": int})["vocab_size"] > 1000:
+        raise ValueError(f"{folder} has no tokenizer.json; name the model's own with --tokenizer")
+    return ""
+
+
+def chat_template(folder: Path) -> str:
+    """The Jinja by which a folder's model writes conversations, or ""."""
+    path, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    return str((config.is_file() and read_json(config).get("chat_template")) or "")
+
+
 def check_weights(folder: Path, parameters: dict[str, Tensor]) -> dict[str, Any]:
     """Find each parameter's file and its dtype there, reading the headers alone."""
     index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
@@ -140,8 +158,7 @@ def check_weights(folder: Path, parameters: dict[str, Tensor]) -> dict[str, Any]
         if any(Path(name).name != name for name in names):
             raise ValueError(f"{index} names a file that is not in its folder")
     elif not (folder / names[0]).exists() and any(folder.glob("*.bin")):
-        raise ValueError(f"{folder} holds weights as pickle alone, which can run code when it is "
-                         "read; get the model's safetensors")
+        raise ValueError(f"{folder} holds weights as pickle alone, unsafe to read; get safetensors")
     expected = {key: tuple(weight.shape) for key, weight in parameters.items()}
     found = {}
     for path in (folder / name for name in names):
@@ -165,12 +182,14 @@ def check_weights(folder: Path, parameters: dict[str, Tensor]) -> dict[str, Any]
 
 
 def load_tensors(folder: Path, parameters: dict[str, Tensor]) -> None:
-    """Fill the parameters, under FSDP this rank's rows of each, from the folder's files."""
+    """Fill the parameters, under FSDP this rank's rows of each. A value must be finite."""
     for key, (path, _) in check_weights(folder, parameters).items():
         mine, rows = local_rows(parameters[key])
         # The mapped pages of an open file count as our memory, so we open it for each tensor anew.
         with safe_open(path, framework="pt") as file, torch.no_grad():
             mine.copy_(file.get_slice(key)[rows])
+            if not mine.sum(dtype=torch.promote_types(mine.dtype, torch.float32)).isfinite():
+                raise ValueError(f"{path}: {key!r} has values that are not finite; get it anew")
 
 
 def local_rows(weight: Tensor) -> tuple[Tensor, slice]:
@@ -183,10 +202,7 @@ def local_rows(weight: Tensor) -> tuple[Tensor, slice]:
 
 
 def write_tensors(folder: Path, parameters: dict[str, Tensor], main: bool) -> None:
-    """Write all parameters. Under FSDP every rank takes part in gathering, and only `main` writes.
-
-    We gather before we write: no rank waits for a `main` whose disk is full.
-    """
+    """Write all parameters, gathered first: no rank waits for a `main` whose disk is full."""
     tensors = {}
     for key, weight in parameters.items():
         part = weight.detach()

@@ -29,12 +29,12 @@ class RunConfig:
     clip: float = option(1.0, "largest norm of the gradient", float)
     eval: bool = option(True, "evaluate and draw after each stage")
     eval_every: int | None = option(None, "steps between small evaluations", parse_length)
-    samples: int = option(200, "questions per task and length in the evaluation", parse_length)
+    samples: int | None = option(None, "questions of a task and length (as eval.py)", parse_length)
     save_every: int | None = option(None, "steps from save to save (default: 30 min)", parse_length)
     keep: int = option(2, "newest checkpoints to keep, besides stages' last; 0 keeps all", int)
     resume: str = option("", "go on with this run, from its newest checkpoint")
     out: str = option("", "run folder (default: runs/RECIPE, numbered if taken)")
-    tokenizer: str = option("bytes", "tokenizer")
+    tokenizer: str = option("", "tokenizer (default: the model's own, or bytes)")
     seed: int = option(0, "seed of weights, data and order", int)
 
     def __post_init__(self) -> None:
@@ -47,7 +47,7 @@ class RunConfig:
 class TrainConfig(RunConfig):
     """What train.py adds: which stages to run, on which data."""
 
-    recipe: str = option("tiny", "tiny, prolong or ablation")
+    recipe: str = option("", "tiny, prolong or ablation (default: tiny for bytes, else prolong)")
     stage: str = option("", "run this stage of the recipe alone")
     seq: int | None = option(None, "run the last stage (or --stage) at this length", parse_length)
     model: str = option("tiny", "model preset, where there is no --init")

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import sys
@@ -27,6 +26,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
+from support.cli import warn
 from support.files import read_json, write_json, write_lines
 from support.report import WINDOW, draw_losses, format_losses
 
@@ -219,8 +219,7 @@ def run_and_exit(name: str, work: Callable[[], Any]) -> None:
         work()
     except tuple(ENDS) as error:
         code, what = ENDS[type(error)]
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{name}: {what}: {error}", file=sys.stderr, flush=True)
+        warn(f"{name}: {what}: {error}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -30,6 +30,11 @@ LABELS = SYMBOLS[26:]  # 2-7
 ICL_LINE = 3  # "~A3"
 
 
+def check_symbols(specials: dict[str, int], what: str) -> None:
+    if "<|pair|>" not in specials:
+        raise ValueError(f"{what} needs special tokens of the tokenizer 'bytes'; leave it out")
+
+
 def recall_pairs(rng: np.random.Generator, batch: int, n_pairs: int) -> np.ndarray:
     """Draw keys (different from each other) and values: (batch, n_pairs, 1 + VALUE_LEN) tokens.
 

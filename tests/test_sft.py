@@ -346,22 +346,23 @@ def test_a_third_of_the_tiny_stage_is_recall_of_its_own_length(tmp_path):
     """The recipe's recall follows --seq; --mix names other domains and files of conversations."""
     for seq, domain in ((None, "recall-16k"), (2048, "recall-2k")):
         wanted = {"chat": 0.67, domain: 0.33}
-        assert sft.stage_of(SftConfig(seq=seq)).mixture == pytest.approx(wanted)
+        assert sft.stage_of(SftConfig(seq=seq), 2**20).mixture == pytest.approx(wanted)
     source = write_rows(tmp_path / "more.jsonl", [GOOD, SHARE] * 200)
     mix = f"chat=0.25,{source}=0.25,recall-512=0.5"
     folder = small_run(tmp_path, out=str(tmp_path / "run"), mix=mix)
     drawn = train.read_state(folder / "checkpoints" / "sft-3")["drawn"]
     assert drawn == {"chat": 3, "more.jsonl": 3, "recall-512": 6}
     with pytest.raises(ValueError, match="two files of one name"):
-        sft.stage_of(SftConfig(mix="a/x.jsonl=0.5,b/x.jsonl=0.5"))
+        sft.stage_of(SftConfig(mix="a/x.jsonl=0.5,b/x.jsonl=0.5"), 2**20)
 
 
 def test_the_prolong_stage_has_table_9s_numbers():
-    stage = sft.stage_of(SftConfig(recipe="prolong"))
+    stage = sft.stage_of(SftConfig(recipe="prolong"), 2**20)
     assert stage.mixture == {"chat": 1.0}
     assert (stage.seq_len, stage.batch_tokens, stage.tokens) == (65_536, 4 * 2**20, 2**30)
     assert (stage.lr, stage.min_lr, stage.warmup, stage.rope_theta) == (2e-5, 2e-6, 0.05, None)
-    other = sft.stage_of(SftConfig(recipe="prolong", mix="chat=0.9,a/b.jsonl=0.1", steps=3))
+    other = sft.stage_of(SftConfig(recipe="prolong", mix="chat=0.9,a/b.jsonl=0.1", steps=3),
+                         2**20)
     assert other.mixture == pytest.approx({"chat": 0.9, "b.jsonl": 0.1}) and other.steps == 3
 
 
@@ -447,7 +448,7 @@ def test_bad_input_ends_in_one_line_and_code_2(tmp_path, monkeypatch, capsys, ar
     write_rows(Path("mute.jsonl"), [MUTE])
     write_rows(Path("mine.jsonl"), [GOOD])
     monkeypatch.setattr("sys.argv", ["sft.py", *arguments.split(), "--no-eval"])
-    monkeypatch.setitem(sft.STAGES, "tiny", train.stage_at_length(sft.STAGES["tiny"], 1024, 16))
+    monkeypatch.setitem(sft.STAGES, "tiny", train.stage_at_length(sft.STAGES["tiny"], 1024, None))
     with pytest.raises(SystemExit) as ended:
         data.run_main(sft.main)
     error = capsys.readouterr().err
