@@ -137,6 +137,12 @@ def format_losses(entries: Sequence[Entry]) -> str:
     return ", ".join(f"{group} {loss:.3g}" for group, loss in last.items() if loss == loss)
 
 
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The entries of a log.jsonl. Those of older code have no `domains` and no `seq_len`."""
+    return [{"domains": {}, "seq_len": 0, **json.loads(line)}
+            for line in path.read_text().splitlines()]
+
+
 def draw_losses(folder: Path) -> bool:
     """Draw a run's figures/loss.png: the groups' losses, and recall at the stages' lengths.
 
@@ -146,7 +152,7 @@ def draw_losses(folder: Path) -> bool:
     figure, path = new_figure(9, 6), folder / "log.jsonl"
     if figure is None or not path.exists():  # nothing is trained yet
         return False
-    log = [json.loads(line) for line in path.read_text().splitlines()]
+    log = read_log(path)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     curves, ends = {}, {}
     for stage, of_stage in groupby(log, lambda entry: entry["stage"]):

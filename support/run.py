@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from support.cli import warn
 from support.files import read_json, write_json, write_lines
-from support.report import WINDOW, draw_losses, format_losses
+from support.report import WINDOW, draw_losses, format_losses, read_log
 
 STATE = {"stage": str, "step": int, "steps": int, "tokens_seen": int, "drawn": dict,
          "fingerprint": dict, "files": dict}
@@ -65,8 +65,8 @@ class Log:
         if main and self.path.exists():
             *lines, _half = self.path.read_text().split("\n")
             kept = [line for line in lines if json.loads(line)["tokens_seen"] <= tokens_seen]
-            self.recent = [json.loads(line) for line in kept[-WINDOW:]]
             write_lines(self.path, kept)
+            self.recent = read_log(self.path)[-WINDOW:]
 
     def write(self, entry: dict[str, Any], steps: int, ranks: int) -> None:
         """Log one step; print the first, the last, and one in ten seconds."""
