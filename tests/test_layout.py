@@ -62,7 +62,7 @@ def test_the_five_files_are_an_afternoon():
     assert sum(lines.values()) <= 3200, lines
     assert sum(path.stat().st_size for path in FILES) <= 160_000
     assert count_lines(SUPPORT) <= 2950
-    assert count_lines(list((ROOT / "tests").rglob("*.py"))) <= 6000
+    assert count_lines(list((ROOT / "tests").rglob("*.py"))) <= 6150
     for path in [*FILES, *SUPPORT]:
         assert max(map(len, path.read_text().splitlines()), default=0) <= 100, path
 
