@@ -417,7 +417,7 @@ def tokenizer_for(model_folder: str | Path | None, spec: str = "") -> Tokenizer:
     own = hf.own_tokenizer(Path(model_folder), not spec) if model_folder else ""
     tokenizer, tiny = load_tokenizer(spec or own or "bytes"), load_tokenizer()
     if own and load_tokenizer(own).fingerprint != tokenizer.fingerprint:
-        raise ValueError(f"{own} has not tokenizer {spec!r}; write --tokenizer {own}")
+        raise ValueError(f"{own} is not for tokenizer {spec!r}; write --tokenizer {own}")
     return tiny if tokenizer.fingerprint == tiny.fingerprint else tokenizer
 
 
@@ -663,8 +663,10 @@ def main() -> None:
         tokenize(parse_cli(TokenizeConfig, tokenize.__doc__, rest))
     elif command == "pack":
         pack(parse_cli(PackConfig, pack.__doc__, rest))
-    elif command == "inspect" and rest[:-1] in ([], ["--check"]) and rest[-1:] != ["--help"]:
-        inspect(rest[-1], check=len(rest) == 2)
+    elif command == "inspect" and len(rest) == 1 and not rest[0].startswith("-"):
+        inspect(rest[0])
+    elif command == "inspect" and len(rest) == 2 and rest[0] == "--check":
+        inspect(rest[1], check=True)
     elif command in ("-h", "--help"):
         print(__doc__)
     else:

@@ -433,7 +433,7 @@ class EvalConfig:
 
 def plan_jobs(config: EvalConfig, tokenizer: Tokenizer,
               context: int = 2**16) -> list[tuple[str, int, int]]:
-    """Every (task, length, questions). We draw each once, so that errors come at once.
+    """Every (task, length, questions), each drawn once, so that errors come at once.
 
     A group's tasks that have no room in a length are left out.
     """
@@ -443,7 +443,7 @@ def plan_jobs(config: EvalConfig, tokenizer: Tokenizer,
     usual = "256,512,1k,2k,4k,8k,16k" if tiny else f"{longest // 4},{longest}"
     lengths = [parse_length(text) for text in (config.lengths or usual).split(",")]
     if max(lengths) > context:
-        warn(f"lengths of up to {max(lengths):,} are beyond the model's context of {context:,}")
+        warn(f"lengths up to {max(lengths):,} are beyond the model's context of {context:,}")
     names = [name for group in groups if group for name in GROUPS.get(group, [group])]
     n, jobs = config.samples or (16 if "few" in groups else 200), []
     for name in dict.fromkeys(names):

@@ -71,7 +71,7 @@ IGNORE_INDEX = -100  # a label that is not trained on; the value PyTorch's cross
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a Llama, in Llama's own names. Sizes are checked when config.json is read."""
+    """The shape of a Llama, in Llama's own names."""
 
     vocab_size: int
     dim: int
@@ -414,7 +414,7 @@ class Transformer(nn.Module):
         return self
 
     def set_rope(self, rope_theta: float, max_seq_len: int) -> None:
-        """Move to another context: a stage of the curriculum changes theta, and no weight."""
+        """Move to another context: a stage changes theta, and no weight."""
         self.config = replace(self.config, rope_theta=rope_theta, max_seq_len=max_seq_len)
 
     def set_memory_options(self, options: MemoryOptions) -> None:

@@ -225,7 +225,7 @@ def stage_of(config: SftConfig, context: int) -> Stage:
     seq_len = config.seq or min(stage.seq_len, context)
     if seq_len > context:
         raise ValueError(f"sequences of {seq_len:,} tokens are longer than the model's context of "
-                         f"{context:,}; choose a --seq within it")
+                         f"{context:,}; choose --seq within it")
     stage = train.stage_at_length(stage, seq_len, None)
     if config.mix:
         shares = data.parse_mixture(config.mix)
