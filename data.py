@@ -412,10 +412,10 @@ def load_tokenizer(spec: str = "bytes") -> Tokenizer:
 def tokenizer_for(model_folder: str | Path | None, spec: str = "") -> Tokenizer:
     """The tokenizer in a model's folder; "bytes" where there is none.
 
-    Raises ValueError if `spec` is another one: only bad scores would show that.
+    Raises ValueError if `spec` is another one: only bad scores show it.
     """
     own = hf.own_tokenizer(Path(model_folder), not spec) if model_folder else ""
-    tokenizer, tiny = load_tokenizer(spec or own or "bytes"), load_tokenizer()
+    tokenizer, tiny = load_tokenizer(spec or own or "bytes"), load_tokenizer("bytes")
     if own and load_tokenizer(own).fingerprint != tokenizer.fingerprint:
         raise ValueError(f"{own} is not for tokenizer {spec!r}; write --tokenizer {own}")
     return tiny if tokenizer.fingerprint == tiny.fingerprint else tokenizer
