@@ -273,6 +273,8 @@ def _begin_and_end(table: dict[str, Any], folder: Path,
     beside = [read_json(folder / file).get("eos_token") for file in SIDE_FILES
               if (folder / file).is_file()]
     names = [name.get("content") if isinstance(name, dict) else name for name in beside]
+    if names and names[0] in ("<|eot_id|>", "<|im_end|>"):  # ends a turn of chat, not a document
+        names = ["<|end_of_text|>", "<|endoftext|>", *names]
     for name in [*names, "<|end_of_text|>", "<|endoftext|>", "</s>"]:
         if name in added:
             return bos, name
