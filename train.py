@@ -117,7 +117,7 @@ TINY = [
     Stage("ultra", 16_384, 1e7,
           {"recall_bare-256": 0.04, "recall-2k": 0.14, "recall-16k": 0.60, "code_repos-16k": 0.06,
            "textbooks-16k": 0.02, "short": 0.04, "icl-16k": 0.10},
-          tokens=70 * 16_384, batch_tokens=16_384, lr=3e-3, min_lr=3e-5),
+          tokens=100 * 16_384, batch_tokens=16_384, lr=3e-3, min_lr=3e-5),
 ]
 PROLONG = [
     Stage("64k", 65_536, 8e6,

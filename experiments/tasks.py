@@ -1,6 +1,6 @@
 """eval.py with more tasks, for the lab: other recall, and chat.
 
-    python experiments/tasks.py --model runs/tiny/checkpoints/ultra-70 --tasks few,many
+    python experiments/tasks.py --model runs/tiny/checkpoints/ultra-100 --tasks few,many
 
 `few` scatters 4 pairs in held-out code (as many keys as RULER's first multi-key needle task),
 `recall` 16, as in training, and `many` 32, which is twice as many as training ever showed and as
