@@ -41,7 +41,7 @@ import train
 from data import IGNORE_INDEX, Document, PackedSequence, PackReport, Tokenizer, option, parse_length
 from eval import wilson_interval
 from model import KVCache, Transformer, empty_pretrained, load_pretrained, stream
-from support import hf, installed
+from support import hf, installed, toy
 from support.chats import Message, ask_about_context, read_chats
 from support.cli import choose, print_tokens
 from support.texts import SUFFIXES, read_rows
@@ -328,9 +328,12 @@ def chat(config: SftConfig) -> None:
     print(f"{folder}: Ctrl-C stops an answer, Ctrl-D leaves", file=sys.stderr)
     while True:
         try:
-            messages.append({"role": "user", "content": input("> ")})
+            typed: str | np.ndarray = input("> ")
         except (EOFError, KeyboardInterrupt):
             return
+        if tokenizer.spec == "bytes":  # "~KABCD" is a pair for the tiny model
+            typed = toy.read_typed(str(typed), tokenizer.encode)
+        messages.append({"role": "user", "content": typed})
         ids: list[int] = []
         written = answer(model, tokenizer, messages, template, limit, cache)
         try:

@@ -17,6 +17,9 @@ recall within minutes (docs/LOG.md).
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+
 import numpy as np
 
 SYMBOL_NAMES = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
@@ -100,3 +103,18 @@ def icl_rows(rng: np.random.Generator, batch: int, length: int, bos: int,
     position = np.arange(length) - 1
     is_label = position % ICL_LINE == 2
     return ids, is_label & (position >= len(TOPICS) * ICL_LINE) & (position < n_lines * ICL_LINE)
+
+
+def read_typed(text: str, encode: Callable[[str], np.ndarray]) -> str | np.ndarray:
+    """Somebody's line in a chat: "~KABCD" is a pair, and "value of K?" asks for the symbol K.
+
+    Elsewhere letters stay letters. Returns the text itself if it has neither.
+    """
+    pieces = re.split(r"(~[A-Z2-7]{5}\b|(?<=value of )[A-Z2-7](?=\?))", text)
+    if len(pieces) == 1:
+        return text
+    ids = [encode(pieces[0])]
+    for found, behind in zip(pieces[1::2], pieces[2::2], strict=True):
+        symbols = [SYMBOLS[SYMBOL_NAMES.index(name)] for name in found.lstrip("~")]
+        ids += [np.array([PAIR] * (found[0] == "~") + symbols, np.uint32), encode(behind)]
+    return np.concatenate(ids)

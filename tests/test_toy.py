@@ -95,3 +95,15 @@ def test_keys_and_values_differ_at_every_place(n_pairs):
     assert all(set(pairs[:, 0, place]) == set(toy.SYMBOLS) for place in range(1 + toy.VALUE_LEN))
     # within one they may
     assert any(len(set(value)) < toy.VALUE_LEN for value in pairs[:, 0, 1:].tolist())
+
+
+def test_a_pair_typed_in_a_chat_becomes_symbols():
+    """Only a pair and the key that is asked for; all other text is left as it is."""
+    encode = TOKENIZER.encode
+    symbols = {name: toy.SYMBOLS[i] for i, name in enumerate(toy.SYMBOL_NAMES)}
+    typed = toy.read_typed("A ~KABCD is. The value of K?", encode)
+    pair = [toy.PAIR, *(symbols[name] for name in "KABCD")]
+    assert typed.tolist() == [*encode("A "), *pair, *encode(" is. The value of "), symbols["K"],
+                              *encode("?")]
+    for text in ("Is json.dumps a class?", "~KABCDE", "The value of KA?"):
+        assert toy.read_typed(text, encode) == text
