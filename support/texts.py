@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import glob
 import importlib
+import io
 import itertools
 import json
 import os
@@ -36,8 +37,7 @@ Row = tuple[str, "dict[str, Any] | ValueError"]
 Ids = np.ndarray | ValueError  # the ids of a document, uint32 (n,), or why there are none
 SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".arrow": "arrow",
             ".txt": "text", ".md": "text"}
-COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "zstandard",
-              ".zstd": "zstandard"}
+COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "pyarrow", ".zstd": "pyarrow"}
 FORMAT = "nanolong-documents-1"
 META = {"format": str, "tokenizer": str, "tokenizer_fingerprint": str, "vocab_size": int,
         "max_id": int, "shards": int, "documents": int, "tokens": int, "rows": int, "bad": int}
@@ -93,10 +93,10 @@ def open_file(path: Path) -> BinaryIO:
     """Open a file, decompressed by its suffix."""
     if path.suffix not in COMPRESSED:
         return open(path, "rb")
-    try:
-        return importlib.import_module(COMPRESSED[path.suffix]).open(path, "rb")
-    except ImportError:
-        raise ValueError("reading it needs `pip install zstandard`") from None
+    module = importlib.import_module(COMPRESSED[path.suffix])
+    if path.suffix in (".zst", ".zstd"):  # zstandard's reader would take a cut file for a whole one
+        return io.BufferedReader(module.input_stream(path, compression="zstd"))
+    return module.open(path, "rb")
 
 
 def _jsonl_rows(path: Path, limit_bytes: int) -> Iterator[Row]:

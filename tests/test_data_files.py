@@ -44,6 +44,10 @@ def jsonl(texts, column: str = "text") -> bytes:
     return b"".join(rows)
 
 
+def zstd(content: bytes) -> bytes:
+    return pyarrow.compress(content, "zstd", asbytes=True)
+
+
 def write_table(path: Path, texts, column: str = "text") -> Path:
     table = pyarrow.table({"id": list(range(len(texts))), column: texts})
     pyarrow.parquet.write_table(table, path, row_group_size=2)
@@ -67,9 +71,11 @@ def write_source(path: Path, kind: str) -> Path:
         (path / "b.jsonl").write_bytes(jsonl(TEXTS[2:3]))
         (path / "a.jsonl.gz").write_bytes(gzip.compress(jsonl(TEXTS[:2])))
     elif kind.startswith("jsonl"):
-        packers = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+        packers = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress,
+                   ".zst": zstd}
         path = path.with_name(f"source.{kind}")
-        path.write_bytes(packers[kind[5:]](b"\n" + jsonl(TEXTS)))
+        pack = packers[kind[5:]]
+        path.write_bytes(pack(b"\n" + jsonl(TEXTS[:3])) + pack(jsonl(TEXTS[3:])))  # two frames
     elif kind == "parquet":
         path = write_table(path.with_suffix(".parquet"), TEXTS)
     elif kind == "arrow":
@@ -86,8 +92,8 @@ def write_source(path: Path, kind: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.bz2", "jsonl.xz", "folder", "parquet",
-                                  "arrow", "text"])
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.bz2", "jsonl.xz", "jsonl.zst",
+                                  "folder", "parquet", "arrow", "text"])
 def test_every_format_gives_the_same_documents(tmp_path, kind):
     """By its suffix alone, in order (a folder's files by their sorted paths), nothing twice."""
     assert texts_of(write_source(tmp_path / "source", kind)) == TEXTS
@@ -135,6 +141,7 @@ def cut_in_half(path: Path) -> Path:
 @pytest.mark.parametrize(("make", "why"), [
     (lambda p: cut_in_half(write_table(p / "a.parquet", TEXTS * 99)), r"a\.parquet can't be read"),
     (lambda p: cut_in_half(write_source(p / "a", "jsonl.gz")), r"source\.jsonl\.gz can't be read"),
+    (lambda p: cut_in_half(write_source(p / "a", "jsonl.zst")), r"jsonl\.zst can't be read"),
     (lambda p: write_table(p / "a.parquet", [1, 2]), "but 1; its columns are 'id', 'text'"),
     (lambda p: (p / "a.arrow").write_bytes(b"no table"), r"a\.arrow can't be read"),
     (lambda p: (p / "a.txt").write_bytes(b"\x7fELF\0\0"), r"a\.txt is binary"),
@@ -390,8 +397,6 @@ def test_wrong_options_of_pack(web, tmp_path, changes, why):
 @pytest.mark.parametrize("name", make.ARRAYS)
 def test_mosaicml_folders_read_as_they_were_written(name):
     """Ids, boundaries and masks, from columns of every way to write an array, compressed or not."""
-    if name == "zstd":
-        pytest.importorskip("zstandard")
     report = PackReport()
     sequences = list(data.pack_mds(ROOT / "tests" / "mds" / name, make.SEQ_LEN, report))
     for sequence, sample in zip(sequences, make.samples(name), strict=True):
