@@ -1,9 +1,7 @@
 """Tests of what data.py reads and writes: sources, tokenized folders, packs, MDS, inspect."""
 
-import bz2
 import gzip
 import json
-import lzma
 import os
 import re
 import resource
@@ -36,7 +34,7 @@ property_test = settings(max_examples=30, deadline=None, derandomize=True, datab
 
 def texts_of(path: Path, column: str = "text", **options) -> list[str]:
     """The texts of a source; the first bad row raises its ValueError."""
-    return [texts.text_of(row, column, 2**26) for _, row in texts.read_rows(str(path), **options)]
+    return [texts.text_of(row, column) for _, row in texts.read_rows(str(path), **options)]
 
 
 def jsonl(texts, column: str = "text") -> bytes:
@@ -71,18 +69,11 @@ def write_source(path: Path, kind: str) -> Path:
         (path / "b.jsonl").write_bytes(jsonl(TEXTS[2:3]))
         (path / "a.jsonl.gz").write_bytes(gzip.compress(jsonl(TEXTS[:2])))
     elif kind.startswith("jsonl"):
-        packers = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress,
-                   ".zst": zstd}
+        pack = {"": bytes, ".gz": gzip.compress, ".zst": zstd}[kind[5:]]
         path = path.with_name(f"source.{kind}")
-        pack = packers[kind[5:]]
         path.write_bytes(pack(b"\n" + jsonl(TEXTS[:3])) + pack(jsonl(TEXTS[3:])))  # two frames
     elif kind == "parquet":
         path = write_table(path.with_suffix(".parquet"), TEXTS)
-    elif kind == "arrow":
-        import datasets
-        datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(path)
-        for extra in path.glob("*.json"):
-            extra.unlink()
     else:
         path.mkdir()
         for i, text in enumerate(TEXTS):
@@ -92,8 +83,7 @@ def write_source(path: Path, kind: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.bz2", "jsonl.xz", "jsonl.zst",
-                                  "folder", "parquet", "arrow", "text"])
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "folder", "parquet", "text"])
 def test_every_format_gives_the_same_documents(tmp_path, kind):
     """By its suffix alone, in order (a folder's files by their sorted paths), nothing twice."""
     assert texts_of(write_source(tmp_path / "source", kind)) == TEXTS
@@ -116,14 +106,15 @@ def test_a_hub_data_set_streams(tmp_path, monkeypatch):
     (b'{"txt": "a"}', "but None; its columns are 'txt'"), (b'["a"]', "list, not an object"),
     (b'{"text": " \\n"}', "no text in column 'text'"), (b'{"text": ["a"]}', "but ['a']"),
     (b'{"text": "\\ud800"}', "not UTF-8"), (b'{"text": "\\u0007"}', "has byte 0x07, which is no"),
-    (b'{"text": "' + b"x" * 120_000 + b'"}', "longer than 100,000 bytes")])
+    (b'{"text": "' + b"x" * 120_000 + b'"}', "longer than 100,000 characters")])
 def test_a_bad_line_stops_or_is_skipped(tmp_path, monkeypatch, line, why):
     """By default it stops, with file and row; with --on-bad skip the rows around it stay."""
     path, docs = tmp_path / "web.jsonl", tmp_path / "docs"
     path.write_bytes(jsonl(["one"]) + line + b"\n" + jsonl(["two"]))
     lacking = byte_tokenizer(merges={b"\a": 2**31 + 7})
     monkeypatch.setattr(data, "load_tokenizer", lambda spec: lacking)
-    config = TokenizeConfig(input=str(path), out=str(docs), max_document_bytes=100_000)
+    monkeypatch.setattr(texts, "MAX_CHARS", 100_000)
+    config = TokenizeConfig(input=str(path), out=str(docs))
     with pytest.raises(ValueError, match=rf"web\.jsonl:2 .*{re.escape(why)}.*--on-bad skip"):
         tokenize(config)
     tokenize(replace(config, on_bad="skip"))  # in the same folder
@@ -141,14 +132,15 @@ def cut_in_half(path: Path) -> Path:
 @pytest.mark.parametrize(("make", "why"), [
     (lambda p: cut_in_half(write_table(p / "a.parquet", TEXTS * 99)), r"a\.parquet can't be read"),
     (lambda p: cut_in_half(write_source(p / "a", "jsonl.gz")), r"source\.jsonl\.gz can't be read"),
-    (lambda p: cut_in_half(write_source(p / "a", "jsonl.zst")), r"jsonl\.zst can't be read"),
     (lambda p: write_table(p / "a.parquet", [1, 2]), "but 1; its columns are 'id', 'text'"),
-    (lambda p: (p / "a.arrow").write_bytes(b"no table"), r"a\.arrow can't be read"),
+    (lambda p: cut_in_half(write_source(p / "a", "jsonl.zst")), r"jsonl\.zst can't be read"),
+    (lambda p: (p / "a.parquet").write_bytes(b"no table"), r"a\.parquet can't be read"),
+    (lambda p: (p / "a.arrow").write_bytes(b"a"), r"a\.arrow.*JSONL or Parquet"),
     (lambda p: (p / "a.txt").write_bytes(b"\x7fELF\0\0"), r"a\.txt is binary"),
     (lambda p: (p / "a.txt").write_bytes(b"caf\xe9"), r"a\.txt is not UTF-8"),
     (lambda p: (p / "a.txt").write_bytes(b""), r"a\.txt has no text"),
     (lambda p: [(p / name).write_bytes(b"b") for name in ("a.txt", "b.jsonl")], "one kind of file"),
-    (lambda p: (p / "a.tar").write_bytes(b"a"), "one kind of file"),
+    (lambda p: (p / "a.tar").write_bytes(b"a"), r"a\.tar is not \.jsonl, "),
     (lambda p: None, "one kind of file"),
     (lambda p: p.rmdir(), "does not exist"),
 ])
@@ -174,10 +166,12 @@ def test_wrong_options_of_tokenize(tmp_path, options, why):
         tokenize(TokenizeConfig(**config))
 
 
-def test_a_repository_is_one_document(tmp_path):
+def test_a_repository_is_one_document(tmp_path, monkeypatch):
     """All its text files, in an order of the seed; nothing hidden, linked, binary or outside."""
     root = tmp_path / "repos"
     for name in ("alpha", "beta"):
+        (root / name).mkdir(parents=True)
+        (root / name / "cut.gz").write_bytes(gzip.compress(b"a" * 999)[:20])
         for file in ("a.py", "b/c.py", "b/d.txt", ".git/config"):
             path = root / name / file
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -194,7 +188,8 @@ def test_a_repository_is_one_document(tmp_path):
     orders = {texts_of(root, format="repos", seed=seed)[0] for seed in range(20)}
     assert len(orders) == 6  # each order of three files
     assert texts_of(root, format="repos") == [alpha, beta]
-    cut = texts_of(root, format="repos", limit_bytes=30)  # between files; no file is lost
+    monkeypatch.setattr(texts, "MAX_CHARS", 30)
+    cut = texts_of(root, format="repos")  # between files; no file is lost
     assert len(cut) == 4 and all(len(part) <= 32 for part in cut)
     assert sorted(" ".join(cut[:2]).split()) == parts
 
@@ -260,8 +255,9 @@ def test_killed_between_shards_and_run_again_gives_the_same_bytes(web, tmp_path,
     shards = [path.name for path in sorted((tmp_path / "docs").iterdir()) if path.is_dir()]
     assert shards == [f"{n:05d}" for n in range(at - 1)]
     assert not (tmp_path / "docs" / "meta.json").exists()
-    with pytest.raises(ValueError, match="begun with other settings"):
-        tokenize(options(web, tmp_path / "docs", shard_tokens=2000))
+    if shards:
+        with pytest.raises(ValueError, match="made with other settings"):
+            tokenize(options(web, tmp_path / "docs", shard_tokens=2000))
     (tmp_path / "docs" / f"{at - 1:05d}.writing").mkdir()  # what a killed process leaves
     tokenize(options(web, tmp_path / "docs", workers=1))
     assert content(tmp_path / "docs") == content(tmp_path / "whole")
@@ -285,7 +281,7 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(tmp_path, command):
                 data.pack(PackConfig(from_=str(docs), domain="x", seq=1024, out=str(out)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert not out.exists() or [path.name for path in out.iterdir()] == ["job.json"]
+    assert not out.exists() or not list(out.iterdir())
 
 
 @pytest.mark.parametrize(("file", "change", "why"), [
