@@ -6,9 +6,8 @@ In such a folder index.json names shards. A shard holds
     samples                                         for each, the uint32 sizes of its columns of
                                                     variable size, then its columns
 
-with columns input_ids, indices (where its documents begin and end) and, for SFT, mask: arrays that
-say their dtype and shape in their first bytes, unless the column's encoding does
-("ndarray:uint32").
+with columns input_ids, indices (where its documents begin and end) and, for SFT, mask. Their
+encoding, as in "ndarray:uint32", says the dtype, and their first bytes say the shape.
 """
 
 from __future__ import annotations
@@ -59,14 +58,10 @@ def _read_sample(content: bytes, i: int, shard: dict[str, Any]) -> dict[str, np.
 
 
 def _read_array(content: bytes, encoding: str) -> np.ndarray:
-    kind, dtype, shape, *_ = (*encoding.split(":"), "", "")
-    if kind != "ndarray":
-        raise ValueError(f"a column of encoding {encoding!r} where an ndarray is wanted")
-    if not dtype:
-        code, content = content[0], content[1:]  # 32 is uint32, 33 is int32
-        dtype = f"{'' if code % 2 else 'u'}int{code - code % 2}"
-    if shape:
-        return np.frombuffer(content, dtype).reshape([int(n) for n in shape.split(",")])
+    kind, _, dtype = encoding.partition(":")
+    if kind != "ndarray" or not dtype or ":" in dtype:  # ":64" would be a shape
+        raise ValueError(f"a column has encoding {encoding!r}, ProLong's have ndarray:DTYPE; "
+                         "write it again with that")
     rank, width = content[0] >> 2, 1 << (content[0] & 3)  # axes, and bytes of each one's length
     lengths = np.frombuffer(content, f"uint{8 * width}", rank, 1)
     return np.frombuffer(content, dtype, offset=1 + rank * width).reshape(lengths.tolist())
