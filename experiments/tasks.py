@@ -42,7 +42,7 @@ def held_out_prose(tokenizer: data.Tokenizer) -> np.ndarray:
     """The docstrings of the packages that training never sees, some 80,000 tokens."""
     texts = []
     for _, files in sorted(installed.list_repositories(held_out=True).items()):
-        texts += [ast.get_docstring(tree) or "" for tree in installed.syntax_trees(files[:200])]
+        texts += [ast.get_docstring(installed.parse(path)) or "" for path in files[:200]]
     return tokenizer.encode("\n\n".join(text for text in texts if len(text) > 200))
 
 

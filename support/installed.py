@@ -62,21 +62,19 @@ def join_files(files: Iterable[Path], enough: int = 2**20) -> str:
     return "\n".join(texts)
 
 
-def syntax_trees(files: Iterable[Path]) -> Iterator[ast.Module]:
-    """Parse Python files; those that can't be parsed are passed over."""
-    for path in files:
+def parse(path: Path) -> ast.Module:
+    """A Python file's syntax tree; an empty one where it can't be parsed."""
+    with warnings.catch_warnings():  # old files use escapes that Python now warns about
+        warnings.simplefilter("ignore")
         try:
-            with warnings.catch_warnings():  # old files use escapes that Python now warns about
-                warnings.simplefilter("ignore")
-                yield ast.parse(read_text(path))
+            return ast.parse(read_text(path))
         except (SyntaxError, ValueError, RecursionError):
-            continue
+            return ast.Module([], [])
 
 
-def functions_and_classes(path: Path) -> Iterator[ast.FunctionDef | ast.ClassDef]:
+def functions_and_classes(path: Path) -> list[ast.FunctionDef | ast.ClassDef]:
     """Those at the top level of a file."""
-    for tree in syntax_trees([path]):
-        yield from (node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef))
+    return [node for node in parse(path).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
 
 
 def source_texts(path: Path) -> Iterator[str]:
@@ -93,7 +91,7 @@ def books() -> Iterator[str]:
 
     yield "\n\n".join(topics[name] for name in sorted(topics))
     for files in list_repositories().values():
-        chapters = [ast.get_docstring(tree) or "" for tree in syntax_trees(files[:200])]
+        chapters = [ast.get_docstring(parse(path)) or "" for path in files[:200]]
         yield "\n\n".join(text for text in chapters if len(text) > 200)
 
 
@@ -109,8 +107,8 @@ def standard_names(held_out: bool) -> tuple[tuple[str, bool, str], ...]:
             continue
         module = ".".join(part for part in parts if part != "__init__")
         for node in functions_and_classes(path):
-            summary = (ast.get_docstring(node) or "").partition("\n")[0].strip()
             if not node.name.startswith("_"):
+                summary = (ast.get_docstring(node) or "").partition("\n")[0].strip()
                 names.append((f"{module}.{node.name}", isinstance(node, ast.ClassDef), summary))
     return tuple(names)
 
