@@ -72,14 +72,13 @@ def ask_about_context(kind: str, rng: np.random.Generator, encode: Callable[[str
         pairs = toy.recall_pairs(rng, 1, int(rng.integers(2, toy.N_PAIRS + 1)))
         length = int(16 * (max_context / 16) ** rng.random())  # 16 to 32 as often as 512 to 1,024
         context = toy.scatter_pairs(rng, pairs, window(length))[0][0]
-        asked = rng.permutation(pairs[0])[:FOLLOW_UPS]
-        answers = [np.append([toy.QUESTION], pair) for pair in asked]
+        answers = np.insert(rng.permutation(pairs[0])[:8], 0, toy.QUESTION, axis=1)
     else:
-        lines = toy.icl_lines(rng, 1, int(rng.integers(12, 60)) + FOLLOW_UPS)[0]
-        context, answers = lines[:-FOLLOW_UPS].reshape(-1), list(lines[-FOLLOW_UPS:])
+        lines = toy.icl_lines(rng, 1, int(rng.integers(12, 60)) + 8)[0]
+        context, answers = lines[:-8].reshape(-1), lines[-8:]
+    begin, end = np.append(context, encode(f"\n\nThe {kind} of ")), encode("?")
     turns = []
-    begin = np.append(context, encode(f"\n\nThe {kind} of "))
     for answer in answers:  # a mark, the symbol that is asked about, and what belongs to it
-        turns.append((np.concatenate((begin, answer[1:2], encode("?"))), answer))
+        turns.append((np.concatenate((begin, answer[1:2], end)), answer))
         begin = encode("And of ")
     return turns

@@ -663,7 +663,6 @@ def test_pack_then_inspect(tmp_path):
     assert inspected.stdout == said
     assert report == ("documents in 10 (640 tokens), dropped entirely 0; "
                       "tokens packed 640, dropped 0")
-    assert "a" * 48 + "b" * 48 in said
 
 
 @pytest.mark.parametrize("args", [
