@@ -15,8 +15,7 @@ from support.cli import choose
 
 Message = dict[str, Any]
 ROLES = {"system": "system", "user": "user", "assistant": "assistant",
-         "human": "user", "gpt": "assistant"}  # these two are ShareGPT's names
-FOLLOW_UPS = 8  # questions about one context, at most
+         "human": "user", "gpt": "assistant"}  # the last two are ShareGPT's names
 
 
 def read_chats(rows: Iterable[tuple[str, Any]], on_bad: str,
@@ -49,9 +48,9 @@ def to_messages(row: dict[str, Any] | ValueError) -> list[Message]:
     """Read Hugging Face's `messages` or ShareGPT's `conversations`; others raise ValueError."""
     if isinstance(row, ValueError):
         raise row
-    key, role, text = "messages", "role", "content"
-    if row.get(key) is None:
-        key, role, text = "conversations", "from", "value"
+    key, role, text = ("conversations", "from", "value")
+    if row.get("messages") is not None:
+        key, role, text = ("messages", "role", "content")
     try:
         messages = [{"role": ROLES[turn[role]], "content": turn[text]} for turn in row[key]]
         "".join(message["content"] for message in messages).encode()  # refuses half a character
@@ -63,7 +62,7 @@ def to_messages(row: dict[str, Any] | ValueError) -> list[Message]:
 
 def ask_about_context(kind: str, rng: np.random.Generator, encode: Callable[[str], np.ndarray],
                       window: Callable[[int], np.ndarray],
-                      max_context: int) -> list[tuple[Any, Any]]:
+                      max_context: int) -> Iterator[tuple[Any, Any]]:
     """Up to eight (question, answer) pairs of ids; the first question begins with the context.
 
     Contexts and answers are those of recall and ICL documents; `window(n)` draws the haystack.
@@ -76,9 +75,7 @@ def ask_about_context(kind: str, rng: np.random.Generator, encode: Callable[[str
     else:
         lines = toy.icl_lines(rng, 1, int(rng.integers(12, 60)) + 8)[0]
         context, answers = lines[:-8].reshape(-1), lines[-8:]
-    begin, end = np.append(context, encode(f"\n\nThe {kind} of ")), encode("?")
-    turns = []
+    begin = np.append(context, encode(f"\n\nThe {kind} of "))
     for answer in answers:  # a mark, the symbol that is asked about, and what belongs to it
-        turns.append((np.concatenate((begin, answer[1:2], end)), answer))
+        yield np.concatenate((begin, answer[1:2], encode("?"))), answer
         begin = encode("And of ")
-    return turns

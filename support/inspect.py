@@ -43,14 +43,10 @@ def details(dataset: Any, load_tokenizer: Callable[[str], Any]) -> None:
     print(f"trained tokens: {dataset.trained_share:.1%}; "
           f"dropped while packing: {dataset.meta['tokens_dropped']:,}")
     end = dataset[0].doc_lens[0]
-    around = dataset[0].input_ids[max(0, end - 60):end + 60]
-    try:
-        tokenizer = load_tokenizer(dataset.meta["tokenizer"])
-        dataset.check_tokenizer(tokenizer)
-        shown = repr(tokenizer.decode(around))
-    except (ValueError, KeyError) as error:  # a folder may outlive its tokenizer's file
-        shown = f"{around.tolist()}, as ids: {error}"
-    print(f"around the first document's end (token {end:,}): {shown}")
+    tokenizer = load_tokenizer(dataset.meta["tokenizer"])
+    dataset.check_tokenizer(tokenizer)
+    around = tokenizer.decode(dataset[0].input_ids[max(0, end - 60):end + 60])
+    print(f"around the first document's end (token {end:,}): {around!r}")
 
 
 def format_lengths(lens: np.ndarray) -> str:
