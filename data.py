@@ -403,7 +403,7 @@ def load_tokenizer(spec: str = "bytes") -> Tokenizer:
     """Load a tokenizer; nothing is downloaded that tiktoken does not have in its cache.
 
         bytes             256 byte values, Llama-3's special tokens and the symbols of section 6
-        FOLDER or FILE    tokenizer.json of the byte-level BPE family, or Llama-3's tokenizer.model
+        FOLDER or FILE    tokenizer.json of the byte-level BPE family
         tiktoken:gpt2     an encoding that tiktoken knows by name
     """
     return Tokenizer(spec, *tokenizers.load_encoding(spec))

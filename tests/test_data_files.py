@@ -467,7 +467,7 @@ def test_documents_that_do_not_fill_a_sequence_are_refused(seq_len, columns):
 
 
 def test_inspect_a_root_and_a_folder_without_its_tokenizer(tmp_path, capsys):
-    """Each domain with its share of the tokens; of one alone all but a text that nobody can read."""
+    """Each domain with its share of the tokens; of one alone all but a text without tokenizer."""
     for name, n in (("one", 1), ("three", 3)):
         data.pack(PackConfig(domain="icl-64", seq=64, sequences=n, out=str(tmp_path / name)))
     capsys.readouterr()

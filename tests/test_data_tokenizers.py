@@ -4,8 +4,6 @@ Hugging Face's `tokenizers` trains four small byte-level BPE families: GPT-2 (it
 Llama-3 (its split, whole words first), Qwen (NFC, single digits) and SmolLM (digits first).
 """
 
-import base64
-import copy
 import json
 import random
 import re
@@ -26,7 +24,11 @@ from support import tokenizers as files
 
 tokenizers = pytest.importorskip("tokenizers")
 
-QWEN_SPLIT = files.LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+                r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+CL100K_SPLIT = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+|"
+                r" ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s")
 SPECIAL = {
     "gpt2": ["<|endoftext|>"],
     "llama3": ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"],
@@ -63,7 +65,7 @@ def train(family: str, folder: Path) -> Path:
     from tokenizers import pre_tokenizers as pre
 
     bpe = tokenizers.Tokenizer(models.BPE(ignore_merges=family == "llama3"))
-    split = files.LLAMA3_SPLIT if family == "llama3" else QWEN_SPLIT
+    split = LLAMA3_SPLIT if family == "llama3" else QWEN_SPLIT
     bytewise = pre.ByteLevel(add_prefix_space=False, use_regex=family in ("gpt2", "smollm"))
     first = pre.Digits(True) if family == "smollm" else pre.Split(Regex(split), "isolated")
     bpe.pre_tokenizer = bytewise if family == "gpt2" else pre.Sequence([first, bytewise])
@@ -153,14 +155,15 @@ def _split(pattern: str):
 @pytest.mark.parametrize(("change", "named"), [
     (_set("model", "type", "Unigram"), "model.type"),
     (_set("normalizer", {"type": "NFKC"}), "normalizer"),
-    (_set("decoder", None), "decoder"),
     (_set("pre_tokenizer", "add_prefix_space", True), "pre_tokenizer"),
     (_split(r"\p{L}+|\s+"), "drops text"),
     (_split(r"\p{L}+(?=\s)|\s+|\S"), "words that go on after white space"),
     (_set("model", "merges", lambda merges: merges[:-1]), "model.merges"),
     (_set("model", "merges", lambda merges: [merges[-1], *merges[:-1]]), "model.merges"),
     (_set("model", "vocab", lambda vocab: {t: vocab[t] for t in vocab if t != "a"}), "is no token"),
-    (_set("model", "vocab", lambda vocab: vocab | {"ab": 5000}), "model.vocab"),
+    (_split(r"\p{N}{1,3}+|\s+|\S"), "libraries read differently"),
+    (_set("model", "vocab", lambda vocab: vocab | {"ab": 5}), "model.vocab"),
+    (_set("model", "vocab", lambda vocab: vocab | {"zzzzz": 5000}), "no way to b'zzzzz'"),
     (_set("added_tokens", lambda added: [*added, {"content": "the", "id": 999, "special": False}]),
      "added_tokens"),
     (lambda table: table.pop("model"), "'model'"),
@@ -201,7 +204,7 @@ def test_without_a_token_that_ends_documents_there_is_no_tokenizer(folders, tmp_
     (tmp_path / "tokenizer.json").write_text(text.replace("<|endoftext|>", "<|stop|>"))
     with pytest.raises(ValueError, match="eos_token"):
         load_tokenizer(str(tmp_path))
-    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<|stop|>"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|stop|>"}')
     load_tokenizer.cache_clear()
     assert load_tokenizer(str(tmp_path)).eos_id == load_tokenizer(str(folders["gpt2"])).eos_id
 
@@ -221,50 +224,13 @@ def test_cuts_do_not_change_ids(folders, family, monkeypatch):
     tokenizer = load_tokenizer(str(folders[family]))
     text = source_text(60_000) + "中文，没有空格。" * 400 + "1,024 2.5\r\n" * 200
     whole = tokenizer.encode(text)
-    monkeypatch.setattr(files, "MAX_PIECE", 4096)
-    pieces = list(files.cut_text(text))
-    assert "".join(pieces) == text and len(pieces) > 20
+    piece = re.compile(files.PIECE.pattern.replace("131072", "4096"))
+    monkeypatch.setattr(files, "PIECE", piece)
+    pieces = piece.findall(text)
+    assert "".join(pieces) == text and len(pieces) > 15
     # so each was cut at a place, none because its room was used up
     assert max(map(len, pieces)) < 4096
     assert np.array_equal(tokenizer.encode(text), whole)
-
-
-def test_llama3_model_file(folders, tmp_path):
-    """Base64 and rank, a line each; Llama-3's 256 special tokens follow."""
-    ranks = load_tokenizer(str(folders["llama3"])).encoding._mergeable_ranks
-    lines = [b"%s %d\n" % (base64.b64encode(token), ranks[token]) for token in ranks]
-    (tmp_path / "tokenizer.model").write_bytes(b"".join(lines))
-    tokenizer, n = load_tokenizer(str(tmp_path)), len(ranks)
-    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (n + 256, n, n + 1)
-    places = {"start_header_id": 6, "end_header_id": 7, "reserved_special_token_4": 8, "eot_id": 9,
-              "reserved_special_token_5": 10, "reserved_special_token_250": 255}
-    assert {name: tokenizer.special_id(f"<|{name}|>") - n for name in places} == places
-    theirs, text = read_by_hugging_face(folders["llama3"]), MEGABYTE[500_000:700_000]
-    assert tokenizer.encode(text).tolist() == theirs.encode(text, add_special_tokens=False).ids
-
-
-@pytest.mark.parametrize("content", [b"", b"\x0a\x0e\x0a\x05<unk>\x15\x00\x00", b"YQ== 0\n"])
-def test_another_model_file_is_refused(tmp_path, content):
-    """Llama-2's sentencepiece model, an empty file, a part of the table."""
-    (tmp_path / "tokenizer.model").write_bytes(content)
-    with pytest.raises(ValueError, match=r"can.t be read exactly"):
-        load_tokenizer(str(tmp_path))
-
-
-def test_ids_are_those_of_llamas_own_tokenizer():
-    """With `pip install llama-models`: the released table, Meta's code, many languages."""
-    reference = pytest.importorskip("llama_models.llama3.tokenizer")
-    model = Path(reference.__file__).with_name("tokenizer.model")
-    if not model.exists():
-        model = next(Path(reference.__file__).parents[2].rglob("llama3/tokenizer.model"))
-    theirs, ours = reference.Tokenizer(model), load_tokenizer(str(model))
-    text = MEGABYTE[400_000:]
-    text += "Grüße, мир, 世界, مرحبا, שלום, ไทย, 👩‍👩‍👧 <|eot_id|>"
-    ids = [i for part in files.cut_text(text) for i in theirs.encode(part, bos=False, eos=False)]
-    assert ours.encode(text).tolist() == ids
-    assert ours.document("x").input_ids.tolist() == theirs.encode("x", bos=True, eos=True)
-    assert ours.special_id("<|eot_id|>") == theirs.eot_id == 128009
-    assert ours.vocab_size == theirs.n_words == 128_256
 
 
 def test_named_encodings_are_those_that_tiktoken_has(monkeypatch):
@@ -273,7 +239,7 @@ def test_named_encodings_are_those_that_tiktoken_has(monkeypatch):
         "<|endoftext|>": 256}, mergeable_ranks={bytes([i]): i for i in range(256)})
     monkeypatch.setattr(tiktoken, "get_encoding", {"small": small}.__getitem__)
     tokenizer = load_tokenizer("tiktoken:small")
-    assert tokenizer.document("ab").input_ids.tolist() == [97, 98, 256] and tokenizer.files == ()
+    assert tokenizer.document("ab").input_ids.tolist() == [97, 98, 256] and not tokenizer.files
 
     def unreachable(name):
         raise ConnectionError("no network")
@@ -291,11 +257,15 @@ def test_reading_a_tokenizer_fetches_nothing(folders):
     subprocess.run([sys.executable, "-c", code, str(folders["qwen"])], cwd=root, check=True)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "bytes"])
-def test_a_written_tokenizer_gives_hugging_face_our_ids(folders, tmp_path, family):
-    """From ranks alone, as for Llama-3's tokenizer.model: ids, text and fingerprint are ours."""
-    ours = copy.copy(load_tokenizer("bytes" if family == "bytes" else str(folders[family])))
-    ours.files = ()
+@pytest.mark.parametrize("split", ["bytes", files.GPT2_SPLIT, CL100K_SPLIT])
+def test_a_written_tokenizer_gives_hugging_face_our_ids(folders, tmp_path, split, monkeypatch):
+    """From ranks alone, as for a named encoding: ids, text and fingerprint are ours."""
+    ranks = load_tokenizer(str(folders["llama3"])).encoding._mergeable_ranks
+    named = tiktoken.Encoding("named", pat_str=split, mergeable_ranks=ranks,
+                              special_tokens={"<|endoftext|>": len(ranks)})
+    monkeypatch.setattr(tiktoken, "get_encoding", {"named": named}.__getitem__)
+    load_tokenizer.cache_clear()
+    ours = load_tokenizer("bytes" if split == "bytes" else "tiktoken:named")
     for name, content in data.tokenizer_files(ours).items():
         (tmp_path / name).write_bytes(content)
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
