@@ -45,8 +45,12 @@ def details(dataset: Any, load_tokenizer: Callable[[str], Any]) -> None:
     end = dataset[0].doc_lens[0]
     tokenizer = load_tokenizer(dataset.meta["tokenizer"])
     dataset.check_tokenizer(tokenizer)
-    around = tokenizer.decode(dataset[0].input_ids[max(0, end - 60):end + 60])
-    print(f"around the first document's end (token {end:,}): {around!r}")
+    around = dataset[0].input_ids[max(0, end - 60):end + 60]
+    try:
+        shown = repr(tokenizer.decode(around))
+    except KeyError:  # someone else's pack may hold ids that are no tokens
+        shown = str(around.tolist())
+    print(f"around the first document's end (token {end:,}): {shown}")
 
 
 def format_lengths(lens: np.ndarray) -> str:
