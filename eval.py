@@ -42,7 +42,7 @@ import model as llama
 from data import Tokenizer, load_tokenizer
 from model import KVCache, Parallel, Transformer, generate, read, stream
 from support import fitting, scores, tasks, toy
-from support.cli import choose, format_length, option, parse_length, print_timed, warn
+from support.cli import choose, format_length, length_or_0, option, parse_length, print_timed, warn
 from support.files import open_record
 from support.report import compare_files, draw_scores
 from support.scores import cut_around, format_table, save_evaluation
@@ -414,16 +414,15 @@ def join_answers(tokenizer: Tokenizer, example: Example,
 class EvalConfig:
     model: str = option("", "folder of the model to evaluate")
     tasks: str = option("", "tasks or groups: tokens (for bytes), few (for others), text, all")
-    lengths: str = option("", "as 2k,8k (for bytes 256 to 16k; else context / 4, context, to 64k)")
+    lengths: str = option("", "as 2k,8k (default: for bytes 256 to 16k, else context / 4 and it)")
     samples: int | None = option(None, "questions a task and length (200; few: 16)", parse_length)
     per_context: int = option(4, "questions that may share a text context", parse_length)
     data: str = option("", "JSONL files in HELMET's or RULER's formats, with commas: more tasks")
-    bpb_length: int = option(2048, "context of bits per byte; 0: none",
-                             lambda text: int(text != "0") and parse_length(text))
+    bpb_length: int = option(2048, "context of bits per byte; 0: none", length_or_0)
     dtype: str = option("", "float32, bfloat16 or float64 (default: as stored)")
     tokenizer: str = option("", "tokenizer (default: the model's own)")
     out: str = option("", "folder for results and figures (default: beside the model)")
-    compare: str = option("", "instead: two results, A.json,B.json, to draw together and test")
+    compare: str = option("", "instead: two results, A.json,B.json, to test against each other")
     seed: int = option(0, "seed of the questions", int)
     prompt: str = option("", "instead: continue the text in this file")
     max_new_tokens: int = option(128, "tokens to write after --prompt", parse_length)

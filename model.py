@@ -161,7 +161,8 @@ def rope_cos_sin(config: ModelConfig, positions: Tensor,
     bfloat16 would round a position such as 15,962 by up to 32, and its cosine would be noise.
     """
     inv_freq, factor = rope_frequencies(config)
-    angles = positions.double()[:, None, None] * to_device(inv_freq, positions.device)
+    inv_freq = to_device(inv_freq, positions.device)
+    angles = positions.double()[:, None, None] * inv_freq  # (T, 1, D/2)
     wide = torch.promote_types(dtype, torch.float32)
     return (angles.cos() * factor).to(wide), (angles.sin() * factor).to(wide)
 

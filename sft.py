@@ -164,7 +164,7 @@ def builtin_conversations(tokenizer: Tokenizer, seed: int, kinds: Sequence[str],
             window = partial(data.haystack_windows, tokenizer, rng, 1, seed=0, held_out=held_out)
             turns = ask_about_context(kind, rng, tokenizer.encode, window, max_context)
         else:
-            turns = installed.ask_about_name(kind, rng, held_out)
+            turns = iter(installed.ask_about_name(kind, rng, held_out))
         messages = []
         for question, answer in turns:
             messages.append({"role": "user", "content": question})
@@ -221,7 +221,7 @@ class SftConfig(RunConfig):
 
 def stage_of(config: SftConfig, context: int) -> Stage:
     """The recipe's stage with the command's changes, within a context."""
-    stage = choose("recipe", config.recipe or "tiny", STAGES)
+    stage = choose("recipe", config.recipe, STAGES)
     seq_len = config.seq or min(stage.seq_len, context)
     if seq_len > context:
         raise ValueError(f"sequences of {seq_len:,} tokens are longer than the model's context of "
@@ -263,7 +263,7 @@ def pack_conversations(run: Run, stage: Stage, config: SftConfig) -> Path:
         documents = (encode_chat(run.tokenizer, each, config.template) for each in conversations)
         drawn = stage.tokens / seq_len * share / sum(stage.mixture.values())
         if sources[name] == "builtin" and run.tokenizer.spec != "bytes":
-            drawn = min(drawn, 2**20 / seq_len)  # names soon repeat
+            drawn = min(drawn, 2**20 / seq_len)  # a million tokens: its few names soon repeat
         sequences = islice(data.pack_sft(documents, seq_len, packed), math.ceil(drawn) + 1)
         data.write_packed(root / name, sequences, run.tokenizer, seq_len, name, config.seed, packed)
         run.print0(f"{name}: {packed.documents_in:,} conversations, {packed.tokens_in:,} tokens, "
@@ -284,14 +284,13 @@ def fine_tune(config: SftConfig) -> Path:
         raise ValueError("--init is missing: name the model to fine-tune, as in --init runs/tiny")
     model = empty_pretrained(source, torch.float32)
     tokenizer = data.tokenizer_for(source, config.tokenizer)
-    usual = "tiny" if tokenizer.spec == "bytes" else "prolong"
-    config = replace(config, recipe=config.recipe or usual,
+    config = replace(config, recipe=config.recipe or train.usual_recipe(tokenizer),
                      template=config.template or template_for(tokenizer, source))
     stage = stage_of(config, model.config.max_seq_len)
     template = choose("template", config.template, CHAT_TEMPLATES)
     end = tokenizer.special_id(template.end)
     resumed = state if config.resume else None  # Adam starts afresh, whatever --init has (Table 9)
-    with train.start_run(config, "runs/sft", model, [stage], source, resumed) as run:
+    with train.start_run(config, "runs/sft", model, tokenizer, [stage], source, resumed) as run:
         model.config = replace(model.config, eos_token_id=end)
         model.files.pop("generation_config.json", None)  # the base model stops at another token
         model.files["chat_template.jinja"] = template.jinja.encode()

@@ -57,7 +57,7 @@ from support.cli import choose, format_length, parse_cli, run_main, warn
 from support.files import whole_folder, write_json
 from support.memory import dtype_for, memory_per_rank, memory_there  # noqa: F401
 from support.options import RunConfig, TrainConfig
-from support.report import draw_losses, draw_scores
+from support.report import by_domain, draw_losses, draw_scores
 from support.run import Diverged, config_to_resume, fail_together, read_state, run_and_exit
 
 # --- 1. Recipes -------------------------------------------------------------------------
@@ -155,9 +155,14 @@ def stage_at_length(stage: Stage, seq_len: int, theta: float | None) -> Stage:
 # --- 2. Which stages a command runs -----------------------------------------------------
 
 
+def usual_recipe(tokenizer: Tokenizer) -> str:
+    """The tiny recipe's made-up documents are for the tokenizer "bytes" alone."""
+    return "tiny" if tokenizer.spec == "bytes" else "prolong"
+
+
 def choose_stages(config: TrainConfig, shape: ModelConfig) -> list[Stage]:
     """The recipe's stages, changed as the command says; with `--seq` its last one alone."""
-    stages = choose("recipe", config.recipe or "tiny", RECIPES)
+    stages = choose("recipe", config.recipe, RECIPES)
     if config.stage:
         by_name = {stage.name: stage for stage in stages}
         stages = [choose(f"stage of recipe {config.recipe}:", config.stage, by_name)]
@@ -361,15 +366,13 @@ class StepResult:
     loss: float  # nats per trained token, over the whole step
     grad_norm: float  # before clipping
     valid_tokens: int
-    domains: dict[str, tuple[float, int]]  # of each in the step: sum of losses, trained tokens
+    by_sequence: list[tuple[float, float]]  # in the order dealt: sum of losses, trained tokens
 
 
 def train_step(model: Transformer, optimizer: Optimizer, batches: Sequence[Batch],
-               lr: float, parallel: Parallel, clip: float = 1.0,
-               sources: Sequence[str] = ()) -> StepResult:
+               lr: float, parallel: Parallel, clip: float = 1.0) -> StepResult:
     """One optimizer step over this rank's micro-batches and those of all other ranks.
 
-    `sources` names the step's sequences in the order dealt; "short[3]" is of the domain short.
     Raises Diverged on all ranks, before any weight changes, if loss or gradient is not finite.
     """
     shards = [batch.shard(parallel.sp_rank, parallel.sp_size) for batch in batches]
@@ -387,12 +390,8 @@ def train_step(model: Transformer, optimizer: Optimizer, batches: Sequence[Batch
     loss_sums = sum_by_sequence(losses, batches[0], parallel)  # (sequences of the step,)
     rows = loss_sums, counts, norm.to(counts).expand_as(counts)
     sums, tokens, norms = torch.stack(rows).tolist()  # the only wait for the device
-    domains: dict[str, tuple[float, int]] = {}
-    for source, loss_sum, n in zip(sources, sums, tokens, strict=bool(sources)):
-        name = source.rpartition("[")[0]
-        sum_before, n_before = domains.get(name, (0.0, 0))
-        domains[name] = sum_before + loss_sum, n_before + int(n)
-    result = StepResult(sum(sums) / max(1, sum(tokens)), norms[0], int(sum(tokens)), domains)
+    result = StepResult(sum(sums) / max(1, sum(tokens)), norms[0], int(sum(tokens)),
+                        list(zip(sums, tokens, strict=True)))
     if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
         optimizer.zero_grad()
         raise Diverged(f"loss is {result.loss}, the gradient's norm {result.grad_norm}")
@@ -404,11 +403,15 @@ def train_step(model: Transformer, optimizer: Optimizer, batches: Sequence[Batch
 
 
 def sum_by_sequence(values: list[Tensor], batch: Batch, parallel: Parallel) -> Tensor:
-    """Sum (T / P,) of each micro-batch by sequence: all the step's, in the order dealt."""
-    mine = torch.stack(values)
+    """Sums over each sequence of the step, on all ranks: (sequences,) float64, in the order dealt.
+
+    `values` holds this rank's number for each of its tokens, (T / P,) of each micro-batch.
+    """
+    mine = torch.stack(values)  # (micro-batches, T / P)
     whole = mine.new_zeros(len(mine), parallel.dp_size, parallel.sp_size, mine.shape[1])
     whole[:, parallel.dp_rank, parallel.sp_rank] = mine  # 0 where other ranks have theirs
     seq_len = len(batch.input_ids) // len(batch.sources)
+    # (micro-batches, dp, P, T / P) -> (sequences, seq_len) -> (sequences,)
     return parallel.all_sum(whole.view(-1, seq_len).sum(dim=1, dtype=torch.float64))
 
 
@@ -457,7 +460,8 @@ def load_checkpoint(folder: Path, model: Transformer,
                     optimizer: Optimizer) -> dict[str, Any]:
     """Read Adam's moments into a sharded model's optimizer, and return the state.
 
-    Any ranks may have written them. Raises ValueError for damaged ones and another model's.
+    Any number of ranks may have written them; each reads the rows that it keeps now.
+    Raises ValueError for damaged ones and another model's.
     """
     state = read_state(folder)
     for weight in model.parameters():
@@ -519,8 +523,7 @@ def train(config: TrainConfig) -> Path:
     config = config_to_resume(config) if config.resume else config
     source, state = initial_weights(config)
     tokenizer = data.tokenizer_for(source, config.tokenizer)
-    usual = "tiny" if tokenizer.spec == "bytes" else "prolong"
-    config = replace(config, recipe=config.recipe or usual)
+    config = replace(config, recipe=config.recipe or usual_recipe(tokenizer))
     if source:
         model = llama.empty_pretrained(source, torch.float32)
     else:
@@ -529,7 +532,8 @@ def train(config: TrainConfig) -> Path:
     stages = choose_stages(config, model.config)
     resumed = state if config.resume else None  # of its stage resumed["step"] steps are done
     first = [stage.name for stage in stages].index(resumed["stage"]) if resumed else 0
-    with start_run(config, f"runs/{config.recipe}", model, stages, source, state) as run:
+    out = f"runs/{config.recipe}"
+    with start_run(config, out, model, tokenizer, stages, source, state) as run:
         for i, stage in enumerate(stages):
             if i >= first:
                 folder, packed = prepare_data(run, stage, config.data)
@@ -556,14 +560,15 @@ def run_stage(run: Run, stage: Stage, folder: Path,
     run.stop.busy = True
     begin = saved_at = time.monotonic()
     for step, (sequences, batches, drawn) in enumerate(steps, start=first):
-        lr, sources = learning_rate(stage, step), [sequence.source for sequence in sequences]
+        lr = learning_rate(stage, step)
         try:
-            result = train_step(model, run.optimizer, batches, lr, parallel, config.clip, sources)
+            result = train_step(model, run.optimizer, batches, lr, parallel, config.clip)
         except Diverged as error:
-            what = f"stage {stage.name} step {step + 1}: {error} at {', '.join(sources)}"
+            sources = ", ".join(sequence.source for sequence in sequences)
+            what = f"stage {stage.name} step {step + 1}: {error} at {sources}"
             raise Diverged(what) from None
         run.tokens_seen += stage.batch_tokens
-        log_step(run, stage, step, result, sequences, batches, time.monotonic() - begin)
+        log_step(run, stage, step, lr, result, sequences, batches, time.monotonic() - begin)
 
         due = time.monotonic() - saved_at > SAVE_SECONDS
         if config.save_every:
@@ -626,7 +631,7 @@ def set_memory_and_announce(run: Run, stage: Stage, layout: StepLayout, mixture:
                    f"{packs.meta['sha256'][:12]}, {packs.trained_share:.0%} of tokens trained")
 
 
-def log_step(run: Run, stage: Stage, step: int, result: StepResult,
+def log_step(run: Run, stage: Stage, step: int, lr: float, result: StepResult,
              sequences: list[PackedSequence], batches: list[Batch], seconds: float) -> None:
     """Log a step, and a small evaluation where --eval-every says so."""
     parallel, model = run.parallel, run.model
@@ -639,7 +644,9 @@ def log_step(run: Run, stage: Stage, step: int, result: StepResult,
     peak = parallel.world_size * llama.device_peak_flops(parallel.device, run.dtype)
     crossing = [llama.crosses_ranks(batch.doc_lens, parallel.sp_size) for batch in batches]
     run.log.write({"stage": stage.name, "step": step + 1, "seq_len": stage.seq_len,
-                   **asdict(result), "lr": learning_rate(stage, step),
+                   "loss": result.loss, "grad_norm": result.grad_norm,
+                   "valid_tokens": result.valid_tokens,
+                   "domains": by_domain(sequences, result.by_sequence), "lr": lr,
                    "tokens_seen": run.tokens_seen, "sp_exchanged": sum(crossing) / len(crossing),
                    "tok_per_s": stage.batch_tokens / seconds, "mfu": flops / seconds / peak,
                    "mem_gib": memory.memory_gib(parallel.device), "time_s": seconds, **quick},
@@ -674,10 +681,11 @@ def evaluate_checkpoint(run: Run, name: str, checkpoint: Path,
 
 
 @contextmanager
-def start_run(config: RunConfig, default_out: str, model: Transformer, stages: Sequence[Stage],
-              source: Path | None, state: dict[str, Any] | None) -> Iterator[Run]:
+def start_run(config: RunConfig, default_out: str, model: Transformer, tokenizer: Tokenizer,
+              stages: Sequence[Stage], source: Path | None,
+              state: dict[str, Any] | None) -> Iterator[Run]:
     """Start ranks, model, folder and Adam, with weights from `source`, moments if `state`."""
-    tokenizer, shape = data.tokenizer_for(source, config.tokenizer), model.config
+    shape = model.config
     longest = max(stages, key=lambda stage: stage.seq_len)
     world = int(os.environ.get("WORLD_SIZE", 1))
     sp_size = config.seq_parallel_size or default_seq_parallel_size(shape, longest, world)
@@ -716,8 +724,9 @@ def start_run(config: RunConfig, default_out: str, model: Transformer, stages: S
 def print_plan(config: TrainConfig) -> None:
     """Whether each stage fits the ranks, and how long it takes."""
     world = config.world_size or 1
-    vocab_size = data.tokenizer_for(None, config.tokenizer).vocab_size
-    shape = llama.preset_config(config.model, vocab_size)
+    tokenizer = data.tokenizer_for(None, config.tokenizer)
+    config = replace(config, recipe=config.recipe or usual_recipe(tokenizer))
+    shape = llama.preset_config(config.model, tokenizer.vocab_size)
     for stage in choose_stages(config, shape):
         sp = config.seq_parallel_size or default_seq_parallel_size(shape, stage, world)
         chosen, _ = memory_options_for(config, shape, stage.seq_len // sp, world, 2,

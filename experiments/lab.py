@@ -32,7 +32,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import cache
 from pathlib import Path
@@ -258,6 +258,7 @@ def change_config(start: Path, folder: Path, changes: dict[str, Any]) -> Path:
 def pack_transformed(command: Sequence[str], folder: Path, transform: Transform) -> None:
     """Pack the domains as `command` (of train.py) would, then write their transforms."""
     config = data.parse_cli(TrainConfig, None, command[1:])
+    config = replace(config, recipe=config.recipe or "tiny")
     stage, = choose_stages(config, preset_config(config.model, 295))
     tokenizer = data.tokenizer_for(None, config.tokenizer)
     for name in ("plain", "packs"):

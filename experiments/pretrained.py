@@ -25,6 +25,7 @@ from support.run import read_state  # noqa: E402
 
 LENGTHS = "256,2k,8k,16k"
 SAMPLES = 208
+NAMES = ("tiny-base", "tiny-long", "tiny-ultra", "tiny-sft")
 
 
 def checkpoints(run: Path, tuned: Path) -> dict[str, Path]:
@@ -34,9 +35,9 @@ def checkpoints(run: Path, tuned: Path) -> dict[str, Path]:
         state = read_state(folder)
         if state["step"] == state["steps"]:
             found[f"tiny-{state['stage']}"] = folder
-    if missing := {"tiny-base", "tiny-long", "tiny-ultra", "tiny-sft"} - found.keys():
+    if missing := set(NAMES) - found.keys():
         raise ValueError(f"{run} and {tuned} have not finished {', '.join(sorted(missing))}")
-    return {name: found[name] for name in ("tiny-base", "tiny-long", "tiny-ultra", "tiny-sft")}
+    return {name: found[name] for name in NAMES}
 
 
 def score(folder: Path) -> dict[str, float]:

@@ -80,8 +80,10 @@ def format_runs(runs: list[dict[str, Any]]) -> str:
         lines += [f"| after {stage} | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
         rows = {f"seed {run['seed']}, {run['threads']} thread{'s' * (run['threads'] > 1)}":
                 [run["scores"][stage][name] for name in names] for run in runs}
-        rows["**mean**"] = [means[stage][name] for name in names]
-        rows["**lowest**"] = [min(run["scores"][stage][name] for run in runs) for name in names]
+        if len(runs) > 1:
+            rows["**mean**"] = [means[stage][name] for name in names]
+            rows["**lowest**"] = [min(run["scores"][stage][name] for run in runs)
+                                  for name in names]
         lines += [f"| {row} | " + " | ".join(f"{score:.3f}" for score in scores) + " |"
                   for row, scores in rows.items()]
         lines.append("")

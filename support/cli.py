@@ -40,7 +40,12 @@ def parse_length(text: str | int) -> int:
     return int(digits) * _UNITS[unit]
 
 
+def length_or_0(text: str) -> int:
+    return 0 if text == "0" else parse_length(text)
+
+
 def warn(text: str) -> None:
+    """One line on standard error, from the first rank alone."""
     if os.environ.get("RANK", "0") == "0":
         print(text, file=sys.stderr, flush=True)
 

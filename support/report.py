@@ -137,7 +137,18 @@ def format_losses(entries: Sequence[Entry]) -> str:
     return ", ".join(f"{group} {loss:.3g}" for group, loss in last.items() if loss == loss)
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
+def by_domain(sequences: Sequence[Any],
+              sums: Sequence[tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """Add up each domain's loss and trained tokens: the sequence "short[3]" is of domain short."""
+    domains: dict[str, tuple[float, float]] = {}
+    for sequence, (loss_sum, n) in zip(sequences, sums, strict=True):
+        name = sequence.source.rpartition("[")[0]
+        loss_before, n_before = domains.get(name, (0.0, 0.0))
+        domains[name] = loss_before + loss_sum, n_before + n
+    return domains
+
+
+def read_log(path: Path) -> list[Entry]:
     """The entries of a log.jsonl. Those of older code have no `domains` and no `seq_len`."""
     return [{"domains": {}, "seq_len": 0, **json.loads(line)}
             for line in path.read_text().splitlines()]

@@ -2,7 +2,7 @@
 
     config.json                   the command's options
     log.jsonl                     one JSON object a step
-    checkpoints/long-1200/         a Hugging Face folder: config.json, model.safetensors, ...
+    checkpoints/long-1200/        a Hugging Face folder: config.json, model.safetensors, ...
         optimizer/                Adam's moments: safetensors, a file from each rank
         state.json                stage, step, tokens, how far the data was read, file sizes
 """

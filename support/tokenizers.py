@@ -154,7 +154,7 @@ def read_tokenizer_json(path: Path) -> Loaded:
     bos = first[0].get("SpecialToken", {}).get("id") if first else None
     eos = config.get("eos_token")
     eos = eos["content"] if isinstance(eos, dict) else eos
-    names = [*USUAL_ENDS, eos] if eos in (None, *TURN_ENDS) else [eos]
+    names = [eos] if eos and eos not in TURN_ENDS else [*USUAL_ENDS, str(eos)]
     ends = [name for name in names if name in added]
     if not ends:
         raise ValueError("no added token is known to end a document: give eos_token in a "

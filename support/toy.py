@@ -34,6 +34,7 @@ ICL_LINE = 3  # "~A3"
 
 
 def check_symbols(specials: dict[str, int], what: str) -> None:
+    """Raise ValueError where a tokenizer has no symbols for made-up documents."""
     if "<|pair|>" not in specials:
         raise ValueError(f"{what} needs special tokens of the tokenizer 'bytes'; leave it out")
 

@@ -61,6 +61,7 @@ def test_every_command_is_one_that_the_five_files_take(finding):
         assert not config.eval
         assert (config.seed, config.steps, config.init) == (1, arm.steps, "runs/start")
         if kind is train.TrainConfig:
+            config = replace(config, recipe=config.recipe or "tiny")
             stage, = train.choose_stages(config, llama.preset_config("tiny", 295))
             assert stage.steps == arm.steps > 0 and stage.batch_tokens % stage.seq_len == 0
             assert arm.every == 0 or arm.steps % arm.every == 0  # a checkpoint is at the end

@@ -165,15 +165,14 @@ def compare_with_reference(case: Case, parallel: Parallel, per_batch: int = 1) -
     batches = deal(sequences, parallel, per_batch)
     dealt = [s for ranks in arrange_step(sequences, parallel.dp_size, per_batch)
              for part in ranks for s in part]
-    names = [f"domain {s.source}" for s in dealt]  # each sequence is a domain of its own
-    result = train.train_step(model, catcher, batches, 0.0, parallel, math.inf,
-                              [f"{name}[0]" for name in names])
-    plain, by_domain = make_model(case.heads, case.tied, backend="reference"), {}
-    for name, batch in zip(names, [make_batch([s]) for s in dealt], strict=True):
-        loss_sum, n = plain.loss(batch.input_ids, batch.labels, batch.doc_lens)
-        by_domain[name] = abs(result.domains[name][0] - float(loss_sum)) / (float(loss_sum) or 1.0)
-        assert result.domains[name][1] == n
-    return {"loss": abs(result.loss - loss) / (loss or 1.0), **by_domain,
+    result = train.train_step(model, catcher, batches, 0.0, parallel, math.inf)
+    plain, of_each = make_model(case.heads, case.tied, backend="reference"), {}
+    for sequence, (loss_sum, n) in zip(dealt, result.by_sequence, strict=True):
+        batch = make_batch([sequence])
+        wanted, trained = plain.loss(batch.input_ids, batch.labels, batch.doc_lens)
+        of_each[f"loss of {sequence.source}"] = abs(loss_sum - float(wanted)) / (wanted.item() or 1)
+        assert n == trained
+    return {"loss": abs(result.loss - loss) / (loss or 1.0), **of_each,
             "grad_norm": abs(result.grad_norm - float(norm)) / (float(norm) or 1.0),
             **{name: difference(catcher.gradients[name], g) for name, g in gradients.items()}}
 

@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,9 @@ def test_commands_parse_and_name_what_exists(command):
     name = next(name for name in PARSERS if " ".join(words).startswith(name))
     config = data.parse_cli(PARSERS[name], None, words[len(name.split()):])
     if name == "train.py":
-        assert config.resume or train.choose_stages(config, model.preset_config("tiny", 295))
+        shape = model.preset_config("tiny", 295)
+        config = replace(config, recipe=config.recipe or "tiny")
+        assert config.resume or train.choose_stages(config, shape)
         assert config.model in model.PRESETS and config.plan == bool(config.world_size)
     if name == "eval.py":
         for task in filter(None, config.tasks.split(",")):

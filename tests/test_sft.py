@@ -346,14 +346,15 @@ def test_a_third_of_the_tiny_stage_is_recall_of_its_own_length(tmp_path):
     """The recipe's recall follows --seq; --mix names other domains and files of conversations."""
     for seq, domain in ((None, "recall-16k"), (2048, "recall-2k")):
         wanted = {"chat": 0.67, domain: 0.33}
-        assert sft.stage_of(SftConfig(seq=seq), 2**20).mixture == pytest.approx(wanted)
+        stage = sft.stage_of(SftConfig(recipe="tiny", seq=seq), 2**20)
+        assert stage.mixture == pytest.approx(wanted)
     source = write_rows(tmp_path / "more.jsonl", [GOOD, SHARE] * 200)
     mix = f"chat=0.25,{source}=0.25,recall-512=0.5"
     folder = small_run(tmp_path, out=str(tmp_path / "run"), mix=mix)
     drawn = train.read_state(folder / "checkpoints" / "sft-3")["drawn"]
     assert drawn == {"chat": 3, "more.jsonl": 3, "recall-512": 6}
     with pytest.raises(ValueError, match="two files of one name"):
-        sft.stage_of(SftConfig(mix="a/x.jsonl=0.5,b/x.jsonl=0.5"), 2**20)
+        sft.stage_of(SftConfig(recipe="tiny", mix="a/x.jsonl=0.5,b/x.jsonl=0.5"), 2**20)
 
 
 def test_the_prolong_stage_has_table_9s_numbers():
