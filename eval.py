@@ -12,9 +12,9 @@ The first is for any model. The second is the same task in special tokens of the
 for models of a few layers. The depth says where in the context the answer stands, from 0 to 1.
 Lengths count the model's own tokens. All code in contexts is code that training never sees.
 
-    python eval.py --model runs/tiny/checkpoints/ultra-100 --tasks recall,icl --lengths 1k,4k
+    python eval.py --model runs/tiny/checkpoints/ultra-60 --tasks recall,icl --lengths 1k,4k
     python eval.py --model DIR --tasks text --lengths 8k,32k --samples 100
-    python eval.py --compare runs/a/eval/long-1200.json,runs/b/eval/long-1200.json
+    python eval.py --compare runs/a/eval/long-700.json,runs/b/eval/long-700.json
 
 Text tasks follow HELMET (2410.02694) and RULER (2404.06654) in words of our own: their scores
 compare models, but not with the tables in those papers.
@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from itertools import islice, pairwise
@@ -45,7 +45,7 @@ from support import fitting, scores, tasks, toy
 from support.cli import choose, format_length, length_or_0, option, parse_length, print_timed, warn
 from support.files import open_record
 from support.report import compare_files, draw_scores
-from support.scores import cut_around, format_table, save_evaluation
+from support.scores import cut_around, format_table, interval, save_evaluation
 
 # --- 1. What a task is ------------------------------------------------------------------
 
@@ -296,32 +296,7 @@ def questions_each(task: Task, length: int, per_context: int) -> int:
     return task.shared if task.exact else max(1, min(per_context, task.shared, length // 256))
 
 
-# --- 5. How sure a score is -------------------------------------------------------------
-
-
-def wilson_interval(correct: float, n: float) -> tuple[float, float]:
-    """95% interval of a proportion. Unlike the normal one it stays inside 0..1 (Wilson, 1927)."""
-    z, p = 1.96, correct / n
-    center = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, min(p, center - half)), min(1.0, max(p, center + half))  # rounding aside
-
-
-def interval(contexts: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Wilson's interval of the mean score, from the scores of each context.
-
-    Questions about one context tend to be right or wrong together, so n of them tell less than n
-    independent ones. We estimate how many independent questions they equal: their mean varies by
-    p (1 - p) / n, so n shrinks by the ratio of this to the variance between contexts (Kish, 1965).
-    """
-    n, m = sum(map(len, contexts)), len(contexts)
-    p = sum(map(sum, contexts)) / n
-    variance = sum((sum(c) - p * len(c)) ** 2 for c in contexts) / n**2 * m / max(1, m - 1)
-    independent = n * min(1.0, p * (1 - p) / n / variance) if variance > 0 else n
-    return wilson_interval(p * independent, independent)
-
-
-# --- 6. Bits per byte -------------------------------------------------------------------
+# --- 5. Bits per byte -------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -407,7 +382,7 @@ def join_answers(tokenizer: Tokenizer, example: Example,
     return np.concatenate(ids).astype(np.uint32), np.concatenate(answer_of)
 
 
-# --- 7. A whole evaluation: every task at every length ----------------------------------
+# --- 6. A whole evaluation: every task at every length ----------------------------------
 
 
 @dataclass(frozen=True)
@@ -427,7 +402,6 @@ class EvalConfig:
     prompt: str = option("", "instead: continue the text in this file")
     max_new_tokens: int = option(128, "tokens to write after --prompt", parse_length)
     temperature: float = option(0.0, "0 writes the most likely token, above 0 draws one", float)
-    top_p: float = option(1.0, "draw from the most likely tokens that hold this share", float)
 
 
 def plan_jobs(config: EvalConfig, tokenizer: Tokenizer,
@@ -485,7 +459,7 @@ def evaluate(model: Transformer, config: EvalConfig, name: str, parallel: Parall
     return {"model": name, "settings": settings, "results": results, "bits_per_byte": bits}
 
 
-# --- 8. The command line ----------------------------------------------------------------
+# --- 7. The command line ----------------------------------------------------------------
 
 
 def continue_text(model: Transformer, config: EvalConfig) -> None:
@@ -497,7 +471,7 @@ def continue_text(model: Transformer, config: EvalConfig) -> None:
         raise ValueError(f"--prompt {config.prompt} is not UTF-8 text: {error}") from None
     ids = [*tokenizer.begin, *tokenizer.encode(text).tolist()]
     written = stream(model, ids, config.max_new_tokens, [tokenizer.eos_id], config.temperature,
-                     config.top_p, config.seed)
+                     config.seed)
     print_timed(tokenizer, written, tokenizer.eos_id, len(ids))
 
 
@@ -506,7 +480,7 @@ def main() -> None:
     if config.compare:
         return compare_files(config.compare, config.out)
     if not config.model:
-        raise ValueError("--model is missing; name a folder, as runs/tiny/checkpoints/long-1200")
+        raise ValueError("--model is missing; name a folder, as runs/tiny/checkpoints/long-700")
     dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float64")}
     dtype = choose("--dtype", config.dtype, dtypes) if config.dtype else None
     folder, world = Path(config.model), int(os.environ.get("WORLD_SIZE", 1))

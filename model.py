@@ -27,7 +27,7 @@ Shapes: S tokens of the whole sequence, P seq_parallel_size, T = S/P tokens of t
 H query heads, H_kv key/value heads, D head dim, C model dim, V vocabulary, N documents.
 
     python model.py info llama3-8b --length 512k       a preset or a folder: shape, RoPE, memory
-    python model.py export runs/tiny/checkpoints/ultra-100 exported --dtype bfloat16
+    python model.py export runs/tiny/checkpoints/ultra-60 exported --dtype bfloat16
 
 Sources: ProLong (arXiv 2410.02660) section 6.1, B.1, B.2, A.3; RoPE (2104.09864); Ulysses
 (2309.14509). Unlike in ProLong's code, positions restart at every document.
@@ -54,7 +54,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.attention.bias import causal_lower_right
-from torch.utils.checkpoint import checkpoint
+from torch.utils import checkpoint as remat  # rematerialization: activation checkpointing
 
 from support import hf
 from support.cli import choose, parse_length, run_main
@@ -330,7 +330,8 @@ class Block(nn.Module):
         # We recompute inside of forward, so that FSDP gathers the weights around it.
         if self.memory.activations == "keep":
             return self.compute(x, rope, attend)
-        return recomputed(self.compute, x, rope, attend)
+        kept = attention_kept if self.memory.activations == "attention" else remat.noop_context_fn
+        return recomputed(self.compute, x, rope, attend, context_fn=kept)
 
 
 class Transformer(nn.Module):
@@ -440,21 +441,35 @@ class Transformer(nn.Module):
 class MemoryOptions:
     """What to trade for memory, the cheapest first."""
 
-    loss_chunk_tokens: int = 8192  # hold the logits of so many tokens at a time; 0: of all
-    activations: str = "keep"  # "recompute": of a block only its input; "offload": that on the host
+    loss_chunk_tokens: int = 2048  # hold the logits of so many tokens at a time; 0: of all
+    # Of a block keep all, or its input and what attention gave, or its input, or that on the host.
+    activations: str = "keep"  # or "attention", "recompute", "offload"
     mlp_tile_tokens: int = 0  # compute what follows attention in tiles of so many tokens; 0: in one
 
     def __post_init__(self) -> None:
-        choose("activations", self.activations, dict.fromkeys(("keep", "recompute", "offload")))
+        ways = ("keep", "attention", "recompute", "offload")
+        choose("activations", self.activations, dict.fromkeys(ways))
 
 
-def recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
+def recomputed(function: Callable[..., Tensor], *args: Any,
+               context_fn: Callable[[], Any] = remat.noop_context_fn) -> Tensor:
     """Activation checkpointing: keep only inputs; backward calls the function again."""
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    return remat.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False,
+                            context_fn=context_fn)
+
+
+def attention_kept() -> Any:
+    """Keep what attention's kernels give, too: in long documents it is the dearest to compute."""
+    save, recompute = remat.CheckpointPolicy.MUST_SAVE, remat.CheckpointPolicy.PREFER_RECOMPUTE
+
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> remat.CheckpointPolicy:
+        return save if "_attention" in str(op) or "_varlen_attn" in str(op) else recompute
+
+    return remat.create_selective_checkpoint_contexts(policy)
 
 
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor,
-                          chunk_tokens: int = 8192) -> Tensor:
+                          chunk_tokens: int = 2048) -> Tensor:
     """Each label's cross-entropy without ever holding all logits: hidden (T, C), weight (V, C).
 
     64K tokens of Llama-3 have 33.6 GB of float32 logits. We hold those of a chunk at a time, and
@@ -725,29 +740,26 @@ def read(model: Transformer, ids: Sequence[int] | Tensor, cache: KVCache, last: 
     return model.lm_head(torch.cat(hidden)[-last:])
 
 
-def choose_token(logits: Tensor, temperature: float, top_p: float,
-                 generator: torch.Generator) -> int:
-    """The likeliest token of (V,), or one drawn from the likeliest that together have `top_p`."""
+def choose_token(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
+    """The likeliest token of (V,), or one drawn with the model's probabilities."""
     if temperature == 0:
         return int(logits.argmax())
-    probabilities, order = logits.float().cpu().div(temperature).softmax(-1).sort(descending=True)
-    before = probabilities.cumsum(-1) - probabilities
-    probabilities = probabilities.masked_fill(before >= top_p, 0)  # those before it are enough
-    return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+    probabilities = logits.float().cpu().div(temperature).softmax(-1)
+    return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
 def stream(model: Transformer, prompt_ids: Sequence[int], max_new_tokens: int,
-           stop_ids: Collection[int] = (), temperature: float = 0.0, top_p: float = 1.0,
-           seed: int = 0, cache: KVCache | None = None, chunk_tokens: int = CHUNK_TOKENS,
+           stop_ids: Collection[int] = (), temperature: float = 0.0, seed: int = 0,
+           cache: KVCache | None = None, chunk_tokens: int = CHUNK_TOKENS,
            parallel: Parallel | None = None) -> Iterator[int]:
     """Write on after a prompt, token by token, up to a stop token (inclusive) or the limit.
 
     Greedy unless `temperature` is above 0. With `cache` a conversation goes on, and `prompt_ids`
     are only what is new since its last answer.
     """
-    if not 0 <= temperature < math.inf or not 0 < top_p <= 1 or max_new_tokens < 0:
-        raise ValueError(f"{temperature=} must be 0 (greedy) or more, {top_p=} above 0 and at most "
-                         f"1, and {max_new_tokens=} not negative")
+    if not 0 <= temperature < math.inf or max_new_tokens < 0:
+        raise ValueError(f"{temperature=} must be 0 (greedy) or more, {max_new_tokens=} not "
+                         "negative")
     text = KVCache() if cache is None else cache
     text.pending += [int(i) for i in prompt_ids]
     if not text.pending:
@@ -757,7 +769,7 @@ def stream(model: Transformer, prompt_ids: Sequence[int], max_new_tokens: int,
     def write() -> Iterator[int]:
         for _ in range(max_new_tokens):
             logits = read(model, text.pending, text, chunk_tokens=chunk_tokens, parallel=parallel)
-            token = choose_token(logits[-1], temperature, top_p, generator)
+            token = choose_token(logits[-1], temperature, generator)
             text.pending = [token]
             yield token
             if token in stop_ids:

@@ -39,13 +39,13 @@ import torch.distributed as dist
 import data
 import train
 from data import IGNORE_INDEX, Document, PackedSequence, PackReport, Tokenizer, option, parse_length
-from eval import wilson_interval
 from model import KVCache, Transformer, empty_pretrained, load_pretrained, stream
 from support import hf, installed, toy
 from support.chats import Message, ask_about_context, read_chats
 from support.cli import choose, print_tokens
+from support.scores import wilson_interval
 from support.texts import SUFFIXES, read_rows
-from train import Run, RunConfig, Stage
+from train import Run, RunConfig, Stage, usual_recipe
 
 # --- 1. A conversation becomes a document -----------------------------------------------
 
@@ -284,7 +284,7 @@ def fine_tune(config: SftConfig) -> Path:
         raise ValueError("--init is missing: name the model to fine-tune, as in --init runs/tiny")
     model = empty_pretrained(source, torch.float32)
     tokenizer = data.tokenizer_for(source, config.tokenizer)
-    config = replace(config, recipe=config.recipe or train.usual_recipe(tokenizer),
+    config = replace(config, recipe=config.recipe or usual_recipe(tokenizer),
                      template=config.template or template_for(tokenizer, source))
     stage = stage_of(config, model.config.max_seq_len)
     template = choose("template", config.template, CHAT_TEMPLATES)

@@ -2,7 +2,7 @@
 
 A finding is a question with arms, and an arm is a model that anybody could make by hand:
 
-    runs/lab/starts/0/checkpoints/long-1200       the tiny recipe up to 2K tokens, one for each seed
+    runs/lab/starts/0/checkpoints/long-700       the tiny recipe up to 2K tokens, one for each seed
       └─ train.py --stage ultra --seq 8k --rope-theta 1.28e+06 --steps 40 ...   an arm: 2K -> 8K
            └─ eval.py --tasks recall_bare,recall,icl --lengths 256,2k,4k,8k ... its points
 

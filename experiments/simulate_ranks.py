@@ -50,7 +50,7 @@ class SimulateConfig:
     documents: int = option(1, "equal documents in it", parse_length)
     world_size: int = option(8, "ranks to simulate; all of them share the sequence", parse_length)
     activations: str = option("recompute", "keep, recompute or offload")
-    loss_chunk_tokens: int = option(8192, "logits at a time; 0: all")
+    loss_chunk_tokens: int = option(2048, "logits at a time; 0: all")
     mlp_tile_tokens: int = option(0, "tokens of a tile of the MLP; 0: no tiles")
     fake_tensors: bool = option(False, "compute nothing, only work out shapes and memory")
     steps: int = option(3, "steps to time (one more warms up)", parse_length)

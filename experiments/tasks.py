@@ -1,10 +1,9 @@
 """eval.py with more tasks, for the lab: other recall, and chat.
 
-    python experiments/tasks.py --model runs/tiny/checkpoints/ultra-100 --tasks few,many
+    python experiments/tasks.py --model runs/tiny/checkpoints/ultra-60 --tasks few,recall_prose
 
 `few` scatters 4 pairs in held-out code (as many keys as RULER's first multi-key needle task),
-`recall` 16, as in training, and `many` 32, which is twice as many as training ever showed and as
-many as there are keys. `recall_prose` has held-out prose, docstrings, where `recall` has code.
+`recall` 16, as in training. `recall_prose` has held-out prose, docstrings, where `recall` has code.
 `chat_value` and `chat_label` are sft.py's held-out questions about a context, asked in a
 conversation. All other options and results are eval.py's.
 """
@@ -72,8 +71,6 @@ def chat(kind: str, tokenizer: data.Tokenizer, length: int, n: int, questions: i
 _exact = partial(evaluation.Task, score=scores.same, exact=True)
 MORE_TASKS = {
     "few": _exact(partial(scattered_pairs, 4), category="recall", shared=4),
-    "many": _exact(partial(scattered_pairs, len(toy.SYMBOLS)), category="recall",
-                   shared=len(toy.SYMBOLS)),
     "recall_prose": _exact(prose_recall, category="recall", shared=toy.N_PAIRS),
     "chat_value": _exact(partial(chat, "value"), category="chat", shared=1, only_length=1024),
     "chat_label": _exact(partial(chat, "label"), category="chat", shared=1, only_length=1024),

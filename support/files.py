@@ -68,7 +68,7 @@ def read_json(path: Path, kinds: Mapping[str, type] | None = None) -> dict[str, 
         raise ValueError(f"{constant} is no number")
 
     try:
-        entry = json.loads(path.read_text(), parse_constant=refuse)
+        entry = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
         if not isinstance(entry, dict):
             raise ValueError("it holds no object")
     except (OSError, ValueError, RecursionError) as error:

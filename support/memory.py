@@ -49,6 +49,7 @@ def memory_per_rank(config: Any, options: Any, tokens: int, world_size: int, ite
     tile = min(options.mlp_tile_tokens or tokens, tokens) / tokens
     saved = attention + (mlp if tile == 1 else 2 * b * C)  # tiles keep their inputs alone
     kept = tokens * {"keep": saved * config.n_layers,
+                     "attention": (b * (C + q_dim) + 4 * config.n_heads) * config.n_layers,
                      "recompute": b * C * config.n_layers,
                      "offload": 2 * b * C}[options.activations]
 
@@ -121,6 +122,7 @@ def first_that_fits(choices: Sequence[Any], config: Any, shape: Any, tokens: int
 def in_words(options: Any) -> str:
     """What model.MemoryOptions keeps for the backward pass."""
     words = {"keep": "activations kept", "recompute": "blocks computed again for backward",
+             "attention": "blocks but for attention computed again for backward",
              "offload": "blocks computed again for backward, their inputs on the host"}
     logits, tiles = options.loss_chunk_tokens, options.mlp_tile_tokens
     return (words[options.activations] + (f", logits {logits:,} tokens at a time" if logits else "")
@@ -133,10 +135,11 @@ def format_plan(config: Any, shape: Any, stage: Any, options: Sequence[Any], cho
 
     Documents are as long as the domains' names say; short ones have 900 tokens.
     """
-    keep, recompute, tiles, offload = options
+    keep, attention, recompute, tiles, offload = options
     table = {"everything kept, all logits at once": replace(keep, loss_chunk_tokens=0),
              "recompute blocks, all logits at once": replace(recompute, loss_chunk_tokens=0),
              "everything kept, logits in chunks": keep,
+             "recompute all but attention": attention,
              "recompute blocks": recompute,
              "and the MLP in tiles": tiles,
              "and block inputs on the host": offload,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 from support.cli import option, parse_length
 
@@ -21,8 +23,8 @@ class RunConfig:
     dtype: str = option("auto", "compute in auto, float32, bfloat16 or float64")
     attention: str = option("auto", "attention backend: auto, varlen, sdpa or reference")
     compile: str = option("auto", "torch.compile each block: on, off, or auto (on a GPU)")
-    activations: str = option("auto", "keep, recompute or offload for backward; auto: what fits")
-    loss_chunk_tokens: int = option(8192, "hold the logits of so many tokens; 0: of all", int)
+    activations: str = option("auto", "keep, attention, recompute or offload; auto: what fits")
+    loss_chunk_tokens: int = option(2048, "hold the logits of so many tokens; 0: of all", int)
     mlp_tile_tokens: int | None = option(None, "MLPs in tiles of so many tokens; 0: in one", int)
     host_optimizer: bool = option(False, "keep weights and Adam's moments in host memory")
     weight_decay: float = option(0.1, "AdamW's weight decay, on matrices", float)
@@ -38,9 +40,16 @@ class RunConfig:
     seed: int = option(0, "seed of weights, data and order", int)
 
     def __post_init__(self) -> None:
-        if self.compile not in ("auto", "on", "off") or self.keep < 0:
-            raise ValueError(f"compile={self.compile!r} must be auto, on or off, and "
-                             f"keep={self.keep} not negative")
+        """Raise ValueError for a number that no run can have, before anything runs."""
+        if self.compile not in ("auto", "on", "off"):
+            raise ValueError(f"--compile {self.compile} is unknown; choose auto, on or off")
+        for name, value in vars(self).items():
+            may_be_0 = name in ("seed", "keep", "weight_decay", "loss_chunk_tokens",
+                                "mlp_tile_tokens")
+            if isinstance(value, int | float) and not isinstance(value, bool) and not (
+                    0 < value < math.inf or (may_be_0 and value == 0)):
+                least = "at least 0" if may_be_0 else "above 0"
+                raise ValueError(f"--{name.replace('_', '-')} {value} must be {least} and finite")
 
 
 @dataclass(frozen=True)
@@ -57,3 +66,8 @@ class TrainConfig(RunConfig):
     rope_theta: float | None = option(None, "RoPE base of the stage", float)
     plan: bool = option(False, "print what a step needs in memory and time, and train nothing")
     world_size: int | None = option(None, "ranks that --plan is for", parse_length)
+
+
+def usual_recipe(tokenizer: Any) -> str:
+    """The tiny recipe's made-up documents are for the tokenizer "bytes" alone."""
+    return "tiny" if tokenizer.spec == "bytes" else "prolong"

@@ -2,7 +2,7 @@
 
     config.json                   the command's options
     log.jsonl                     one JSON object a step
-    checkpoints/long-1200/        a Hugging Face folder: config.json, model.safetensors, ...
+    checkpoints/long-700/         a Hugging Face folder: config.json, model.safetensors, ...
         optimizer/                Adam's moments: safetensors, a file from each rank
         state.json                stage, step, tokens, how far the data was read, file sizes
 """
@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 import sys
@@ -64,7 +65,9 @@ class Log:
         self.recent: list[dict[str, Any]] = []  # the stage's last entries
         if main and self.path.exists():
             *lines, _half = self.path.read_text().split("\n")
-            kept = [line for line in lines if json.loads(line)["tokens_seen"] <= tokens_seen]
+            kept = [line for line in lines if _is_done(line, tokens_seen)]
+            if (damaged := len(lines) - sum(_is_done(line, math.inf) for line in lines)):
+                warn(f"{self.path}: left out {damaged} damaged lines")
             write_lines(self.path, kept)
             self.recent = read_log(self.path)[-WINDOW:]
 
@@ -72,8 +75,11 @@ class Log:
         """Log one step; print the first, the last, and one in ten seconds."""
         if not self.main:
             return
-        with open(self.path, "a") as file:
-            file.write(json.dumps(entry) + "\n")
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:  # a full disk may have room again before the checkpoint
+            warn(f"a step is missing in {self.path}: {error}")
         of_stage = [each for each in self.recent if each["stage"] == entry["stage"]]
         self.recent = [*of_stage, entry][-WINDOW:]
         if "eval" in entry:
@@ -89,6 +95,14 @@ class Log:
                   f"eta {entry['time_s'] * (steps - entry['step']):,.0f} s", flush=True)
 
 
+def _is_done(line: str, tokens_seen: float) -> bool:
+    """Whether a line of log.jsonl is whole, and of a step up to so many tokens."""
+    try:
+        return bool(json.loads(line)["tokens_seen"] <= tokens_seen)
+    except (ValueError, LookupError, TypeError):
+        return False
+
+
 def list_files(folder: Path) -> dict[str, int]:
     """Sizes of all files below a folder: {"optimizer/a.safetensors": 4096, ...}."""
     return {path.relative_to(folder).as_posix(): path.stat().st_size
@@ -101,6 +115,8 @@ def read_state(folder: Path) -> dict[str, Any]:
     for name, size in state["files"].items():
         if found.get(name) != size:
             raise ValueError(f"{folder / name} has {found.get(name, 0):,} bytes, not {size}")
+    if state["step"] > state["steps"]:
+        raise ValueError(f"{folder} says that step {state['step']} of {state['steps']} is done")
     return state
 
 
@@ -160,6 +176,9 @@ def config_to_resume(config: Any) -> Any:
     return kind(**before | given | {"resume": config.resume, "out": config.resume})
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+
+
 class Diverged(RuntimeError):
     """The loss or the gradient is no longer a number."""
 
@@ -183,19 +202,21 @@ def fail_together(parallel: Any, what: str) -> Iterator[None]:
 
 @contextmanager
 def stop_on_signals(folder: Path) -> Iterator[SimpleNamespace]:
-    """SIGTERM and SIGUSR1, which a cluster sends before it takes the machine back, end the run.
+    """SIGTERM, SIGUSR1 or SIGHUP, as a cluster sends before it takes the machine, and Ctrl-C.
 
-    While it is `busy`, that waits for the step and its checkpoint. Ctrl-C waits for nothing.
+    While the run is `busy`, it ends after the step and a checkpoint. A second Ctrl-C waits no more.
     """
     request = SimpleNamespace(asked=False, busy=False)
 
     def on_signal(number: int, frame: Any) -> None:
-        request.asked = True
+        again, request.asked = request.asked, True
+        if number == signal.SIGINT and (again or not request.busy):
+            raise KeyboardInterrupt
         if not request.busy:  # packing or evaluating: there is nothing to save
             raise Stopped
+        warn("ends after this step, and saves; Ctrl-C ends it at once")
 
-    before = {number: signal.signal(number, on_signal)
-              for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.signal(number, on_signal) for number in SIGNALS}
     try:
         yield request
     except (Stopped, KeyboardInterrupt) as error:

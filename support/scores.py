@@ -166,6 +166,28 @@ def save_evaluation(evaluation: dict[str, Any], folder: Path) -> None:
     write_json(folder / f"{evaluation['model']}.json", evaluation, indent=1)
 
 
+def wilson_interval(correct: float, n: float) -> tuple[float, float]:
+    """95% interval of a proportion. Unlike the normal one it stays inside 0..1 (Wilson, 1927)."""
+    z, p = 1.96, correct / n
+    center = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, min(p, center - half)), min(1.0, max(p, center + half))  # rounding aside
+
+
+def interval(contexts: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Wilson's interval of the mean score, from the scores of each context.
+
+    Questions about one context tend to be right or wrong together, so n of them tell less than n
+    independent ones. We estimate how many independent questions they equal: their mean varies by
+    p (1 - p) / n, so n shrinks by the ratio of this to the variance between contexts (Kish, 1965).
+    """
+    n, m = sum(map(len, contexts)), len(contexts)
+    p = sum(map(sum, contexts)) / n
+    variance = sum((sum(c) - p * len(c)) ** 2 for c in contexts) / n**2 * m / max(1, m - 1)
+    independent = n * min(1.0, p * (1 - p) / n / variance) if variance > 0 else n
+    return wilson_interval(p * independent, independent)
+
+
 def paired_p_value(differences: Sequence[float], seed: int = 0) -> float:
     """The p-value of a sign-flip test on the score differences, one for each context.
 

@@ -9,27 +9,26 @@ All are special tokens (<|pair|>, <|ask|>, <|A|>, ...), so no real text has one.
 ICL (in-context learning). A line is a mark, a symbol of one of six topics, and the topic's number,
 dealt anew for every document: only the examples tell which topic has which (A.1).
 
-    <begin>~A3~N7~X5~C3 ... <end>       A and C are one topic, which has number 3 in this document
-
-With keys of two symbols, or with 64 symbols instead of 32, a model this small does not learn to
-recall within minutes (docs/LOG.md).
+    <begin>~A3~N1~X5~C3 ... <end>       A and C are one topic, which has number 3 in this document
 """
 
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Callable
 
 import numpy as np
 
-SYMBOL_NAMES = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
+SYMBOL_NAMES = string.ascii_uppercase + string.digits + string.ascii_lowercase
+SYMBOL_NAMES += "!#$%&()*+,-./:;=@[]^_{}"  # 85 in all
 PAIR, QUESTION, BLANK = 261, 262, ord("\n")  # token ids of the tokenizer "bytes"
 SYMBOLS = np.arange(263, 263 + len(SYMBOL_NAMES), dtype=np.uint32)
 N_PAIRS = 16  # of a recall document from 256 tokens on, and of every context in eval.py
 VALUE_LEN = 4
 PAIR_LEN = 2 + VALUE_LEN  # of a pair, and of a question with its answer
 TOPICS = SYMBOLS[:24].reshape(6, 4)  # A-D, E-H, ... U-X
-LABELS = SYMBOLS[26:]  # 2-7
+LABELS = SYMBOLS[26:32]  # 0-5
 ICL_LINE = 3  # "~A3"
 
 
@@ -40,15 +39,17 @@ def check_symbols(specials: dict[str, int], what: str) -> None:
 
 
 def recall_pairs(rng: np.random.Generator, batch: int, n_pairs: int) -> np.ndarray:
-    """Draw keys (different from each other) and values: (batch, n_pairs, 1 + VALUE_LEN) tokens.
+    """Draw keys and values: (batch, n_pairs, 1 + VALUE_LEN) tokens.
 
-    At each of the four positions all values of a document differ, so one symbol and its position
-    tell which value is being copied. Otherwise the model would have to compare two symbols, and
-    models this small often never learn that (docs/LOG.md).
+    In a document every symbol stands in one pair only, once. So one symbol tells which one follows.
+    Otherwise the model would have to compare two symbols, or a symbol and its place, and models
+    this small learn that late, imprecisely or never (docs/LOG.md).
     """
-    # (batch, 1 + VALUE_LEN, 32): at each position, the alphabet in another order
-    dealt = rng.permuted(np.tile(SYMBOLS, (batch, 1 + VALUE_LEN, 1)), axis=2)
-    return dealt[:, :, :n_pairs].transpose(0, 2, 1)  # -> (batch, n_pairs, 1 + VALUE_LEN)
+    n_symbols = n_pairs * (1 + VALUE_LEN)
+    if n_symbols > len(SYMBOLS):
+        raise ValueError(f"{n_pairs} pairs need {n_symbols} symbols, and there are {len(SYMBOLS)}")
+    dealt = rng.permuted(np.tile(SYMBOLS, (batch, 1)), axis=1)  # each row in another order
+    return dealt[:, :n_symbols].reshape(batch, n_pairs, 1 + VALUE_LEN)
 
 
 def scatter_pairs(rng: np.random.Generator, pairs: np.ndarray,
@@ -111,7 +112,7 @@ def read_typed(text: str, encode: Callable[[str], np.ndarray]) -> str | np.ndarr
 
     Elsewhere letters stay letters. Returns the text itself if it has neither.
     """
-    pieces = re.split(r"(~[A-Z2-7]{5}\b|(?<=value of )[A-Z2-7](?=\?))", text)
+    pieces = re.split(r"(~[A-Za-z0-9]{5}\b|(?<=value of )[A-Za-z0-9](?=\?))", text)
     if len(pieces) == 1:
         return text
     ids = [encode(pieces[0])]

@@ -23,7 +23,7 @@ from test_train import read_log, weights
 
 import data
 import train
-from support.run import newest_checkpoint
+from support.run import SIGNALS, newest_checkpoint
 from train import Stage, TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -43,12 +43,12 @@ def small_and_clean(monkeypatch):
     monkeypatch.setitem(train.RECIPES, "tiny", stages)
     # As in a terminal: a shell that started the tests in the background had SIGINT ignored.
     interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    before = [signal.getsignal(number) for number in SIGNALS]
     yield
-    signal.signal(signal.SIGINT, interrupt)
     if dist.is_initialized():
         dist.destroy_process_group()
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    signal.signal(signal.SIGINT, interrupt)
 
 
 def run(folder: Path, **options) -> Path:
@@ -166,7 +166,7 @@ def test_keep_leaves_the_newest_and_every_stages_last(tmp_path, monkeypatch):
     assert names(run(tmp_path / "two", stage="", save_every=1)) == ["base-8", "long-7", "long-8"]
     monkeypatch.setattr(train, "SAVE_SECONDS", -1)
     assert names(run(tmp_path / "five", keep=5)) == [f"base-{i}" for i in range(4, 9)]
-    with pytest.raises(ValueError, match="keep=-1"):
+    with pytest.raises(ValueError, match="--keep -1"):
         run(tmp_path / "none", keep=-1)
 
 
@@ -206,7 +206,28 @@ def test_changed_data_and_recipe_are_refused(copy, monkeypatch):
         resume(copy)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_step_that_cannot_be_logged(tmp_path, during, capsys):
+    """A disk that is full for a moment costs a line of the log, not the run."""
+    log = tmp_path / "run" / "log.jsonl"
+    during(3, lambda: (log.rename(tmp_path / "away"), log.mkdir()))
+    during(4, lambda: (log.rmdir(), (tmp_path / "away").rename(log)))
+    run(tmp_path / "run")
+    assert [entry["step"] for entry in read_log(tmp_path / "run")] == [1, 2, 4, 5, 6, 7, 8]
+    assert "a step is missing in" in capsys.readouterr().err
+
+
+def test_a_damaged_line_of_the_log_is_left_out(tmp_path, finished, capsys):
+    """Resuming names the file, and goes on."""
+    copy = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(copy / "checkpoints" / f"base-{STEPS}")
+    lines = (copy / "log.jsonl").read_text().splitlines()
+    (copy / "log.jsonl").write_text("\n".join([lines[0], lines[1][:40], "{}", *lines[3:]]) + "\n")
+    resume(copy)
+    assert "log.jsonl: left out 2 damaged lines" in capsys.readouterr().err
+    assert [entry["step"] for entry in read_log(copy)] == [1, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_machine_that_is_wanted_back(tmp_path, during, finished, capsys, number):
     """The step is finished and saved, the exit code is 0, and the resumed run is undisturbed."""
     during(3, lambda: os.kill(os.getpid(), number))
@@ -220,13 +241,13 @@ def test_a_machine_that_is_wanted_back(tmp_path, during, finished, capsys, numbe
 
 @pytest.mark.parametrize("every, words", [(2, "interrupted: go on with --resume"),
                                           (None, "interrupted: it has no checkpoint yet")])
-def test_ctrl_c_says_where_to_go_on(tmp_path, during, capsys, every, words):
-    """The run ends at once, with one line, and the last checkpoint is whole."""
-    during(4, lambda: os.kill(os.getpid(), signal.SIGINT))
+def test_a_second_ctrl_c_waits_for_nothing(tmp_path, during, capsys, every, words):
+    """The run ends at once, says where to go on, and the last checkpoint is whole."""
+    during(4, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
     with pytest.raises(SystemExit) as ended:
         train.run_and_exit("train.py", lambda: run(tmp_path, save_every=every))
-    error = capsys.readouterr().err
-    assert ended.value.code == 130 and words in error and error.count("\n") == 1
+    asked, error = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 130 and words in error and "ends after this step" in asked
     assert not every or newest_checkpoint(tmp_path)[1]["step"] == 2
 
 

@@ -158,7 +158,7 @@ def test_without_masks_keeps_tokens_and_labels(tmp_path):
         np.testing.assert_array_equal(a.labels, b.labels)
 
 
-@pytest.mark.parametrize("name", ["few", "many", "recall_prose"])
+@pytest.mark.parametrize("name", ["few", "recall_prose"])
 def test_more_tasks_fill_their_length_and_are_answered_by_their_context(name):
     for length in (256, 1024):
         for example in tasks.MORE_TASKS[name].examples(TOKENIZER, length, 3, 1, 0):

@@ -1,8 +1,11 @@
 """What is traded for memory (MemoryOptions) changes no number, and saves what it says."""
 
+from collections import Counter
+
 import pytest
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import IGNORE_INDEX, Block, MemoryOptions, ModelConfig, Transformer
 
@@ -11,6 +14,8 @@ CONFIG = ModelConfig(vocab_size=61, dim=24, n_layers=3, n_heads=4, n_kv_heads=2,
 DOC_LENS = (5, 17, 1, 9, 9, 22)  # 63 tokens: no tile or chunk divides them
 OPTIONS = {
     "chunked loss": MemoryOptions(loss_chunk_tokens=10),
+    "attention": MemoryOptions(0, "attention"),
+    "attention, tiles": MemoryOptions(10, "attention", 16),
     "recompute": MemoryOptions(0, "recompute"),
     "tiles": MemoryOptions(0, "keep", 16),
     "recompute, tiles": MemoryOptions(10, "recompute", 16),
@@ -59,12 +64,31 @@ def test_tiles_are_recomputed(monkeypatch, tile, calls):
     assert len(seen) == CONFIG.n_layers * calls
 
 
+@pytest.mark.parametrize("way, calls", [("keep", 1), ("attention", 1), ("recompute", 2)])
+def test_attention_is_not_computed_again_where_it_is_kept(way, calls):
+    """Counted where operators are computed, over a forward and a backward pass."""
+    counts = Counter()
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            counts[op.name().removeprefix("aten::")] += 1
+            return op(*args, **(kwargs or {}))
+
+    with Counting():
+        loss_and_gradients(MemoryOptions(0, way))
+    n_lengths = len(set(DOC_LENS))
+    kernel = "_scaled_dot_product_flash_attention_for_cpu"
+    assert counts[kernel] == CONFIG.n_layers * n_lengths * calls
+    assert counts["silu"] == CONFIG.n_layers * (1 if way == "keep" else 2)
+
+
 @pytest.mark.slow
 def test_compiled_blocks_change_no_number():
     """Compiled, alone and recomputed: float64, where reordered sums agree to 1e-12."""
     plain = loss_and_gradients(MemoryOptions())
     assert_same(loss_and_gradients(MemoryOptions(), compiled=True), plain)
-    assert_same(loss_and_gradients(MemoryOptions(10, "recompute", 16), compiled=True), plain)
+    for way in ("attention", "recompute"):
+        assert_same(loss_and_gradients(MemoryOptions(10, way, 16), compiled=True), plain)
 
 
 @pytest.mark.slow
@@ -112,11 +136,13 @@ def test_each_option_saves_memory():
     """Logits and their gradients have 64 MiB each, a block's SwiGLU 64 MiB, its input 1 MiB."""
     plain = peak_mib(MemoryOptions(loss_chunk_tokens=0))
     chunked = peak_mib(MemoryOptions(loss_chunk_tokens=256))
+    attention = peak_mib(MemoryOptions(256, "attention"))
     recomputed = peak_mib(MemoryOptions(256, "recompute"))
     tiled = peak_mib(MemoryOptions(256, "recompute", 512))
     assert plain - chunked > 128 and recomputed < chunked / 4 and tiled < recomputed / 2
+    assert 4 < attention - recomputed < 12  # outputs of 1 MiB in 8 layers, and the log-sum-exps
 
 
 def test_an_unknown_option_is_refused():
-    with pytest.raises(ValueError, match="'disk' is unknown; choose one of keep, recompute"):
+    with pytest.raises(ValueError, match="'disk' is unknown; choose one of keep, attention"):
         MemoryOptions(activations="disk")

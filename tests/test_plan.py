@@ -11,6 +11,7 @@ SHAPE = preset_config("llama3-8b", 295)
 PLAN = ["--plan", "--world-size", "8", "--model", "llama3-8b", "--seq", "512k"]
 CASES = {  # Llama-3-8B's widths with two layers, so that a case takes a second or two
     "recompute": {"activations": "recompute"},
+    "attention": {"activations": "attention"},
     "keep": {"activations": "keep"},
     "tiles": {"mlp_tile_tokens": 8192},
     "all logits": {"loss_chunk_tokens": 0},
@@ -41,7 +42,7 @@ def test_plan_prints_what_fits(capsys):
     printed = capsys.readouterr().out
     assert "it fits" in printed and "recompute blocks   " in printed
     train.print_plan(data.parse_cli(train.TrainConfig, None, [*PLAN, "--loss-chunk-tokens", "0"]))
-    assert "it does not fit; what would: recompute blocks" in capsys.readouterr().out
+    assert "it does not fit; what would: recompute all but attention" in capsys.readouterr().out
 
 
 def test_each_memory_option_needs_less():
@@ -51,7 +52,7 @@ def test_each_memory_option_needs_less():
 
 
 @pytest.mark.parametrize(("memory_gib", "activations"),
-                         [(1000, "keep"), (80, "recompute"), (20, "recompute")])
+                         [(1000, "keep"), (80, "attention"), (60, "recompute"), (20, "recompute")])
 def test_auto_takes_the_fastest_that_fits(memory_gib, activations):
     options, why = train.memory_options_for(train.TrainConfig(), SHAPE, 65_536, 8, 2,
                                             memory_gib * 2**30, "cpu")

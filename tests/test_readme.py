@@ -77,7 +77,7 @@ SMALLER = {  # what makes a command of "Use it" short; all else stays as it is w
                         "--batch-tokens 4k --steps 1 --no-eval",
     "--tasks text --lengths 8k,32k,64k": "--tasks json_kv,needle,rerank --lengths 2k --samples 2",
     "sft.py --init runs/tiny": "sft.py --init runs/tiny --steps 2 --no-eval",
-    "code_repos-64k": "code_repos-2k", "--seq 64k": "--seq 2k", "ultra-100": "ultra-2",
+    "code_repos-64k": "code_repos-2k", "--seq 64k": "--seq 2k", "ultra-60": "ultra-2",
     "DIR": "exported"}
 
 
@@ -231,14 +231,14 @@ def said_of_tokens() -> list[str]:
     rows = [(qkv, 2), (inputs / LAYERS, 1), (inputs, 1), (kept / LAYERS, 2), (kept, 1),
             (4 * T * SHAPE.vocab_size, 1), (logits_at_work(T), 1)]
     said = [f"| {size / T / KIB:,.0f} KiB | {size / GIB:.{n}f} GiB |" for size, n in rows]
-    return [*said, f"| | {logits_at_work(8192) / GIB:.1f} GiB |",
+    return [*said, f"| | {logits_at_work(2048) / GIB:.1f} GiB |",
             f"{S:,}² entries, {2 * S * S // GIB} GiB in bfloat16"]
 
 
 def said_of_the_plan() -> list[str]:
     printed = plan_of("--seq", "512k")
     options = re.findall(r"^  (\w.* \d+\.\d  (?:fits|-))$", printed, re.M)
-    assert len(options) == 7
+    assert len(options) == 8
     part = dict(re.findall(r"^    (\w+).*? (\d+\.\d)$", printed, re.M))
     sent = float(re.search(r"each sends ([\d.]+) GB a sequence", printed)[1]) * 1e9
     a_layer = sent / 3 / LAYERS  # forward, again, backward
