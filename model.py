@@ -221,6 +221,10 @@ def attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor,
     """PyTorch's flash attention for documents of any lengths in one kernel (CUDA, 16 bit)."""
     from torch.nn.attention.varlen import varlen_attn
 
+    if max_seqlen == len(q):  # one document: dense kernels are faster (cuDNN's on Hopper)
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (T, H, D) -> (1, H, T, D)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return out[0].transpose(0, 1)  # (1, H, T, D) -> (T, H, D)
     out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
                       window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1])
     assert isinstance(out, Tensor)  # it is a pair only when the log-sum-exp is asked for
@@ -758,8 +762,7 @@ def stream(model: Transformer, prompt_ids: Sequence[int], max_new_tokens: int,
     are only what is new since its last answer.
     """
     if not 0 <= temperature < math.inf or max_new_tokens < 0:
-        raise ValueError(f"{temperature=} must be 0 (greedy) or more, {max_new_tokens=} not "
-                         "negative")
+        raise ValueError(f"{temperature=} and {max_new_tokens=} must be finite, and not negative")
     text = KVCache() if cache is None else cache
     text.pending += [int(i) for i in prompt_ids]
     if not text.pending:
@@ -862,8 +865,7 @@ def save_pretrained(model: Transformer, folder: str | Path) -> None:
 def info(name: str, length: int = 8192) -> None:
     """Print the shape and memory of a preset, or of a folder whose files we check."""
     with torch.device("meta"):
-        known = name in PRESETS
-        model = Transformer(preset_config(name, 256)) if known else empty_pretrained(name)
+        model = Transformer(preset_config(name, 256)) if name in PRESETS else empty_pretrained(name)
     print(format_shape(name, model, length))
 
 
