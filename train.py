@@ -616,10 +616,15 @@ def set_memory_and_announce(run: Run, stage: Stage, layout: StepLayout, mixture:
         run.config, model.config, micro // parallel.sp_size, parallel.world_size,
         run.dtype.itemsize, memory_there(parallel.device), parallel.device.type)
     model.set_memory_options(options)
+    flops = layout.sequences * sum(
+        share * llama.flops_per_step(model.config, mixture.datasets[name][0].doc_lens)
+        for name, share in mixture.shares.items())
+    peak = parallel.world_size * llama.device_peak_flops(parallel.device, run.dtype)
     run.print0(f"\nstage {stage.name}: {stage.steps:,} steps of {stage.batch_tokens:,} tokens, in "
                f"sequences of {stage.seq_len:,}; RoPE's theta {model.config.rope_theta:,.0f}\n"
                f"  ranks: {parallel.world_size}, {parallel.sp_size} to a sequence; micro-batches a "
-               f"step: {layout.grad_accum_steps}, of {micro:,} tokens\n  memory: {why}")
+               f"step: {layout.grad_accum_steps}, of {micro:,} tokens\n  a step: {flops:.1e} FLOPs, "
+               f"at least {flops / peak:,.2f} s at {peak:.1e} FLOP/s\n  memory: {why}")
     for name, packs in mixture.datasets.items():
         run.print0(f"  {mixture.shares[name]:>6.1%} {name:<16} {len(packs):>6,} sequences, sha256 "
                    f"{packs.meta['sha256'][:12]}, {packs.trained_share:.0%} of tokens trained")
