@@ -483,7 +483,7 @@ def main() -> None:
         raise ValueError("--model is missing; name a folder, as runs/tiny/checkpoints/long-700")
     dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float64")}
     dtype = choose("--dtype", config.dtype, dtypes) if config.dtype else None
-    folder, world = Path(config.model), int(os.environ.get("WORLD_SIZE", 1))
+    folder, world = Path(config.model).resolve(), int(os.environ.get("WORLD_SIZE", 1))
     parallel = llama.init_parallel(world) if world > 1 else None  # all ranks share every text
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = parallel.device if parallel else device

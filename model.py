@@ -223,8 +223,8 @@ def attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor,
 
     if max_seqlen == len(q):  # one document: dense kernels are faster (cuDNN's on Hopper)
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (T, H, D) -> (1, H, T, D)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return out[0].transpose(0, 1)  # (1, H, T, D) -> (T, H, D)
+        dense = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return dense[0].transpose(0, 1)  # (1, H, T, D) -> (T, H, D)
     out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
                       window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1])
     assert isinstance(out, Tensor)  # it is a pair only when the log-sum-exp is asked for

@@ -580,6 +580,8 @@ def run_stage(run: Run, stage: Stage, folder: Path,
             raise runs.Stopped
         begin = time.monotonic()  # a step's time includes loading, but no checkpoint
     run.stop.busy = False
+    if parallel.all_sum(torch.tensor(float(run.stop.asked))):  # during the last checkpoint
+        raise runs.Stopped
 
 
 def open_mixture(run: Run, stage: Stage, folder: Path,
@@ -623,8 +625,8 @@ def set_memory_and_announce(run: Run, stage: Stage, layout: StepLayout, mixture:
     run.print0(f"\nstage {stage.name}: {stage.steps:,} steps of {stage.batch_tokens:,} tokens, in "
                f"sequences of {stage.seq_len:,}; RoPE's theta {model.config.rope_theta:,.0f}\n"
                f"  ranks: {parallel.world_size}, {parallel.sp_size} to a sequence; micro-batches a "
-               f"step: {layout.grad_accum_steps}, of {micro:,} tokens\n  a step: {flops:.1e} FLOPs, "
-               f"at least {flops / peak:,.2f} s at {peak:.1e} FLOP/s\n  memory: {why}")
+               f"step: {layout.grad_accum_steps}, of {micro:,} tokens\n  a step: {flops:.1e} "
+               f"FLOPs, at least {flops / peak:,.2f} s at {peak:.1e} FLOP/s\n  memory: {why}")
     for name, packs in mixture.datasets.items():
         run.print0(f"  {mixture.shares[name]:>6.1%} {name:<16} {len(packs):>6,} sequences, sha256 "
                    f"{packs.meta['sha256'][:12]}, {packs.trained_share:.0%} of tokens trained")
@@ -709,7 +711,7 @@ def start_run(config: RunConfig, default_out: str, model: Transformer, tokenizer
     folder = runs.make_run_folder(config, default_out, parallel)
     seen = state["tokens_seen"] if config.resume and state else 0
     log = runs.Log(folder, parallel.main, seen)
-    with runs.stop_on_signals(folder) as stop:
+    with runs.alone_in(folder, parallel.main), runs.stop_on_signals(folder) as stop:
         run = Run(config, folder, parallel, tokenizer, model, optimizer, dtype, log, stop, seen)
         run.print0(f"run folder: {folder}; torch {torch.__version__}; {parallel.device}\n"
                    f"compute in {str(dtype)[6:]} ({why}), attention by {model.backend}")

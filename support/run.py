@@ -9,8 +9,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
+import os
 import shutil
 import signal
 import sys
@@ -33,9 +35,10 @@ from support.report import WINDOW, draw_losses, format_losses, read_log
 
 STATE = {"stage": str, "step": int, "steps": int, "tokens_seen": int, "drawn": dict,
          "fingerprint": dict, "files": dict}
+# On --resume: these change rounding at most (data of another place must have the same sha256).
 MAY_CHANGE = {"eval", "eval_every", "samples", "save_every", "keep", "seq_parallel_size", "reorder",
-              "micro_batch_tokens", "attention", "compile", "activations", "loss_chunk_tokens",
-              "mlp_tile_tokens", "host_optimizer"}  # on --resume: these change rounding at most
+              "data", "micro_batch_tokens", "attention", "compile", "activations",
+              "loss_chunk_tokens", "mlp_tile_tokens", "host_optimizer"}
 
 
 def make_run_folder(config: Any, default: str, parallel: Any) -> Path:
@@ -147,7 +150,7 @@ def prune_checkpoints(run: Path, keep: int) -> None:
             folder.rename(f"{folder}.writing")  # at once: half of it must never look whole
     for end in (".writing", ".old"):
         for left in (run / "checkpoints").glob(f"*{end}"):
-            shutil.rmtree(left)
+            left.unlink() if left.is_symlink() else shutil.rmtree(left)
 
 
 def check_unchanged(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
@@ -198,6 +201,18 @@ def fail_together(parallel: Any, what: str) -> Iterator[None]:
         print(f"rank {parallel.rank} could not {what}: {error}", file=sys.stderr, flush=True)
     if parallel.all_sum(torch.tensor(float(failed))):
         raise OSError(f"could not {what}")
+
+
+@contextmanager
+def alone_in(folder: Path, main: bool) -> Iterator[None]:
+    """Raise ValueError if another process trains in the folder."""
+    with open(folder / "lock" if main else os.devnull, "w") as file:
+        try:
+            if main:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another process trains in {folder}; wait for it") from None
+        yield
 
 
 @contextmanager

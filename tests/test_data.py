@@ -279,6 +279,18 @@ def test_inspect_check_finds_a_changed_byte(packed, capsys):
         data.inspect(str(packed), check=True)
 
 
+def test_a_set_that_lies_or_teaches_nothing_is_found_before_training(tmp_path, packed):
+    """A largest id that is not the largest, and sequences in which no token is trained on."""
+    meta = json.loads((packed / "meta.json").read_text())
+    (packed / "meta.json").write_text(json.dumps(meta | {"max_id": meta["max_id"] - 1}))
+    with pytest.raises(ValueError, match="set is not as it was packed"):
+        PackedDataset(packed).check_content()
+    masked = (PackedSequence(np.zeros(8, np.uint32), (8,), np.zeros(8, bool)) for _ in range(2))
+    write(tmp_path / "masked", masked)
+    with pytest.raises(ValueError, match="masked has no token that is trained on"):
+        PackedDataset(tmp_path / "masked").check_content()
+
+
 def test_an_interrupted_write_leaves_nothing_that_opens(tmp_path):
     """An exception between two sequences leaves no such folder, and the next attempt succeeds."""
 

@@ -23,7 +23,7 @@ from test_train import read_log, weights
 
 import data
 import train
-from support.run import SIGNALS, newest_checkpoint
+from support.run import SIGNALS, alone_in, newest_checkpoint
 from train import Stage, TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -249,6 +249,53 @@ def test_a_second_ctrl_c_waits_for_nothing(tmp_path, during, capsys, every, word
     asked, error = capsys.readouterr().err.splitlines()
     assert ended.value.code == 130 and words in error and "ends after this step" in asked
     assert not every or newest_checkpoint(tmp_path)[1]["step"] == 2
+
+
+def test_moved_packs_are_the_same_packs(tmp_path, finished):
+    """Data in another place are taken if their checksums are the same, and refused if not."""
+    packs = shutil.copytree(finished / "data" / "base", tmp_path / "packs")
+    run(tmp_path / "run", data=str(packs), save_every=2, keep=0)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / f"base-{STEPS}")
+    moved = packs.rename(tmp_path / "moved")
+    resume(tmp_path / "run", data=str(moved))
+    assert_same(tmp_path / "run", finished)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / f"base-{STEPS}")
+    shutil.rmtree(moved / "icl-128")
+    data.pack_domain(moved / "icl-128", "icl-128", 17, data.load_tokenizer(), 256, seed=1)
+    with pytest.raises(ValueError, match=r"icl-128: \w+ then, \w+ now"):
+        resume(tmp_path / "run", data=str(moved))
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path, finished):
+    """The second one is refused while the first one runs, and not after it."""
+    copy = shutil.copytree(finished, tmp_path / "run")
+    with alone_in(copy, True), pytest.raises(ValueError, match="another process trains in"):
+        resume(copy)
+    dist.destroy_process_group()
+    resume(copy)
+
+
+@pytest.mark.parametrize("words", ["clip -1.0", "clip inf", "lr nan", "lr 0.0", "lr -0.003",
+                                   "loss-chunk-tokens -5", "weight-decay -1.0", "seed -1"])
+def test_numbers_that_no_run_can_have(words):
+    """They are refused before anything runs, with the option's name."""
+    name, value = words.split()
+    kind = int if name in ("loss-chunk-tokens", "seed") else float
+    with pytest.raises(ValueError, match=f"--{words} must be .* and finite"):
+        TrainConfig(**{name.replace("-", "_"): kind(value)})
+
+
+def test_a_stage_of_no_step_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="has 8,192 tokens, less than a step of 4,194,304"):
+        run(tmp_path / "run", batch_tokens=2**22)
+
+
+def test_a_state_that_lies_is_damage(tmp_path, finished):
+    """A step beyond the stage's last one: the checkpoint before is taken."""
+    copy = shutil.copytree(finished, tmp_path / "run")
+    path = copy / "checkpoints" / f"base-{STEPS}" / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"step": STEPS + 1}))
+    assert newest_checkpoint(copy)[1]["step"] == STEPS - 2
 
 
 def test_a_full_disk(tmp_path, during, capsys):
