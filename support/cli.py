@@ -44,10 +44,15 @@ def length_or_0(text: str) -> int:
     return 0 if text == "0" else parse_length(text)
 
 
+def printable(text: str) -> str:
+    """Text for a terminal: what would move its cursor or change its colors becomes "?"."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
+
+
 def warn(text: str) -> None:
     """One line on standard error, from the first rank alone."""
     if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 def format_length(tokens: int) -> str:
@@ -124,7 +129,8 @@ def run_main(main: Callable[[], None]) -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(2)  # rank 0 usually says the same; torchrun then ends this rank
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        said = printable(" ".join(f"{Path(sys.argv[0]).name}: error: {error}".split()))
+        print(said if len(said) < 2000 else said[:2000] + " ...", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -134,7 +140,7 @@ def print_tokens(tokenizer: Any, ids: Iterable[int], stop: int) -> Iterator[int]
     for i in ids:
         if i < tokenizer.vocab_size and i != stop:  # a model's table may have more rows than that
             piece = tokenizer.encoding.decode_single_token_bytes(i)
-            print(letters.decode(piece), end="", flush=True)
+            print(printable(letters.decode(piece)), end="", flush=True)
         yield i
     print(letters.decode(b"", final=True), end="")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .cli import printable
 from .files import read_json
 from .texts import read_meta_of
 
@@ -23,9 +24,10 @@ def folder(path: Path, format: str, open_packed: Callable[[Path], Any],
             dataset.check_content()
         share = dataset.input_ids.size / sum(other.input_ids.size for other in packs)
         meta = dataset.meta
-        print(f"{share:>6.1%} {dataset.folder.name:<20} {meta['domain']}, {len(dataset):,} "
-              f"sequences x {dataset.seq_len:,} tokens, {meta['documents']:,} documents, tokenizer "
-              f"{meta['tokenizer']}, sha256 {meta['sha256'][:12]}")
+        print(printable(
+            f"{share:>6.1%} {dataset.folder.name:<20} {meta['domain']}, {len(dataset):,} sequences "
+            f"x {dataset.seq_len:,} tokens, {meta['documents']:,} documents, tokenizer "
+            f"{meta['tokenizer']}, sha256 {meta['sha256'][:12]}"))
     if len(packs) == 1:
         details(packs[0], load_tokenizer)
     if not packs:

@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -248,11 +248,31 @@ ENDS: dict[type[BaseException], tuple[int, str]] = {  # exit code, and what is s
     KeyboardInterrupt: (128 + signal.SIGINT, "interrupted")}
 
 
+class Unbreakable:
+    """A stream whose reader may go away, as in `| head`: the rest is lost, and the run goes on."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 def run_and_exit(name: str, work: Callable[[], Any]) -> None:
     """Run `work` and exit. However it ends, the process group ends, and rank 0 says it for all."""
     code = 0
+    out: Any = Unbreakable(sys.stdout)
+    errors: Any = Unbreakable(sys.stderr)
     try:
-        work()
+        with redirect_stdout(out), redirect_stderr(errors):
+            work()
     except tuple(ENDS) as error:
         code, what = ENDS[type(error)]
         warn(f"{name}: {what}: {error}")

@@ -146,8 +146,8 @@ def format_recall(evaluation: dict[str, Any]) -> str:
     """One question at recall's shortest length and one at its longest, and what the model wrote."""
 
     def plain(text: str) -> str:  # "a<|pair|><|Q|><|X|>b" -> "a ~QX b"
-        text = re.sub(r"<\|pair\|>((<\|\w\|>)*)", r" ~\1 ", text).replace("<|ask|>", "?")
-        return " ".join(re.sub(r"<\|(\w)\|>", r"\1", text).split())
+        text = re.sub(r"<\|pair\|>((<\|\S\|>)*)", r" ~\1 ", text).replace("<|ask|>", "?")
+        return " ".join(re.sub(r"<\|(\S)\|>", r"\1", text).split())
 
     rows = [row for row in evaluation["results"] if row["task"] == "recall"]
     lines = ["\nIn the context ~KABCD is a pair of key K and value ABCD; ?K asks for the value."]

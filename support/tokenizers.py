@@ -84,7 +84,7 @@ class Tokenizer:
 
     def encode_with_specials(self, text: str) -> np.ndarray:
         """The same, but "<|...|>" is a special token. Raises ValueError if there is none such."""
-        parts = re.split(r"(<\|\w+\|>)", text)  # ordinary text and special tokens in turn
+        parts = re.split(r"(<\|(?:\w+|\S)\|>)", text)  # ordinary text and special tokens in turn
         ids = [np.array([self.special_id(part)]) if i % 2 else self.encode(part)
                for i, part in enumerate(parts)]
         return np.concatenate(ids).astype(np.uint32)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from data import PackConfig, format_length, option, parse_cli, parse_length
 from data import run_main as run
+from support import cli
 
 property_test = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
@@ -89,6 +90,12 @@ def test_help_shows_every_option_with_its_default(capsys):
     for field in fields(PackConfig):
         shown = "" if field.default is None else f" (default: {field.default})"
         assert f"{field.metadata['help']}{shown}" in text
+
+
+def test_a_terminal_gets_printable_text():
+    """Letters of any script, line breaks and tabs pass; escape and control characters do not."""
+    said = "naïve 中文\n\tx\x1b[2J\x07\x9b\u202e"
+    assert cli.printable(said) == "naïve 中文\n\tx?[2J???"
 
 
 @pytest.mark.parametrize(("error", "raised"), [(ValueError, SystemExit), (OSError, SystemExit),

@@ -206,6 +206,17 @@ def test_changed_data_and_recipe_are_refused(copy, monkeypatch):
         resume(copy)
 
 
+def test_a_reader_that_goes_away(tmp_path):
+    """As in `| head -1`: the run goes on to its end, and its exit code is 0."""
+    process = start("train.py", "--stage", "base", "--no-eval", "--steps", "3", "--out",
+                    str(tmp_path / "run"))
+    process.stdout.readline()
+    process.stdout.close()
+    error = process.stderr.read()
+    assert process.wait() == 0 and "Broken" not in error, error
+    assert names(tmp_path / "run") == ["base-3"]
+
+
 def test_a_step_that_cannot_be_logged(tmp_path, during, capsys):
     """A disk that is full for a moment costs a line of the log, not the run."""
     log = tmp_path / "run" / "log.jsonl"

@@ -97,6 +97,12 @@ def test_no_symbol_stands_twice_in_a_document(n_pairs):
         toy.recall_pairs(np.random.default_rng(0), 1, 18)
 
 
+def test_symbols_survive_as_text():
+    """Answers are kept as text, "<|A|><|!|>": each of the 85 comes back as its own token."""
+    text = TOKENIZER.decode(toy.SYMBOLS)
+    assert TOKENIZER.encode_with_specials(f"a{text}b").tolist() == [97, *toy.SYMBOLS, 98]
+
+
 def test_a_pair_typed_in_a_chat_becomes_symbols():
     """Only a pair and the key that is asked for; all other text is left as it is."""
     encode = TOKENIZER.encode
