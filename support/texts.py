@@ -175,7 +175,7 @@ def _repository_rows(root: Path, all_files: list[Path], seed: int) -> Iterator[R
 @dataclass(frozen=True)
 class TokenizeConfig:
     input: str = option("", "a file, a folder, or with --format hub the name of a data set")
-    format: str = option("auto", "auto, jsonl, parquet, text (a file a row), repos (a folder) or hub")
+    format: str = option("auto", "auto, jsonl, parquet, text (a file a row), repos or hub")
     text_column: str = option("text", "the column that holds the text")
     subset: str | None = option(None, "configuration of a hub data set, as in sample-10BT")
     split: str = option("train", "split of a hub data set")
