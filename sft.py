@@ -17,7 +17,7 @@ is a stage like any other. This file makes its data and calls train.run_stage.
 
     python sft.py --init runs/tiny                      questions about the installed Python
     python sft.py --init runs/tiny --data mine.jsonl    "messages", or ShareGPT's "conversations"
-    torchrun --nproc-per-node 8 sft.py --init DIR --data HuggingFaceH4/ultrachat_200k:train_sft
+    torchrun --nproc-per-node 8 sft.py --init DIR --data hub:HuggingFaceH4/ultrachat_200k:train_sft
     python sft.py --chat runs/sft
 """
 
@@ -44,7 +44,7 @@ from support import hf, installed, toy
 from support.chats import Message, ask_about_context, read_chats
 from support.cli import choose, print_tokens
 from support.scores import wilson_interval
-from support.texts import SUFFIXES, read_rows
+from support.texts import read_rows
 from train import Run, RunConfig, Stage, usual_recipe
 
 # --- 1. A conversation becomes a document -----------------------------------------------
@@ -106,7 +106,7 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], template: str
     encode = tokenizer.encode_with_specials
     add(encode(form.begin))
     for message in messages:
-        is_answer = message["role"] == "assistant"
+        is_answer = message["role"] == "assistant" and message.get("train", True)
         gap, text = encode_text(tokenizer, form, message["content"])
         add(encode(form.header.format(role=message["role"])))
         add(gap)
@@ -210,7 +210,7 @@ STAGES = {  # stages like those of train.RECIPES; the RoPE base stays the model'
 @dataclass(frozen=True)
 class SftConfig(RunConfig):
     recipe: str = option("", f"one of {', '.join(STAGES)} (default: as train.py)")
-    data: str = option("builtin", "conversations: builtin, a file, or a hub data set as NAME:SPLIT")
+    data: str = option("builtin", "conversations: builtin, a file, or hub:NAME:SPLIT, a data set")
     mix: str = option("", "other mixture: chat=0.9,more.jsonl=0.1; `chat` is --data")
     template: str = option("", f"one of {', '.join(CHAT_TEMPLATES)} (default: the model's own)")
     on_bad: str = option("stop", "at a damaged conversation: stop or skip")
@@ -237,15 +237,16 @@ def stage_of(config: SftConfig, context: int) -> Stage:
 
 
 def conversations_of(source: str, tokenizer: Tokenizer, config: SftConfig, seq_len: int,
-                     left_out: list[str]) -> Iterator[list[Message]]:
-    """The built-in conversations, or those of a file or a data set of the hub (NAME:SPLIT)."""
+                     left_out: list[str]) -> Iterator[Document]:
+    """Those built in, or those of a file or a data set (hub:NAME:SPLIT)."""
+    encode = partial(encode_chat, tokenizer, template=config.template)
     if source == "builtin":
-        kinds = question_kinds(tokenizer)
-        return builtin_conversations(tokenizer, config.seed, kinds, min(1024, seq_len // 2))
-    name, _, split = source.partition(":")
-    is_file = Path(source).exists() or Path(source).suffix in SUFFIXES
-    rows = read_rows(source) if is_file else read_rows(name, "hub", split=split or "train")
-    return read_chats(rows, config.on_bad, left_out)
+        kinds, most = question_kinds(tokenizer), min(1024, seq_len // 2)
+        return map(encode, builtin_conversations(tokenizer, config.seed, kinds, most))
+    name, _, split = source.removeprefix("hub:").partition(":")
+    local = not source.startswith("hub:")
+    rows = read_rows(source) if local else read_rows(name, "hub", split=split or "train")
+    return read_chats(rows, config.on_bad, left_out, encode, seq_len)
 
 
 def pack_conversations(run: Run, stage: Stage, config: SftConfig) -> Path:
@@ -259,8 +260,7 @@ def pack_conversations(run: Run, stage: Stage, config: SftConfig) -> Path:
         if name not in sources or (root / name).exists():
             continue  # an embedded domain, or packed before this run was resumed
         left_out, packed = list[str](), PackReport()
-        conversations = conversations_of(sources[name], run.tokenizer, config, seq_len, left_out)
-        documents = (encode_chat(run.tokenizer, each, config.template) for each in conversations)
+        documents = conversations_of(sources[name], run.tokenizer, config, seq_len, left_out)
         drawn = stage.tokens / seq_len * share / sum(stage.mixture.values())
         if sources[name] == "builtin" and run.tokenizer.spec != "bytes":
             drawn = min(drawn, 2**20 / seq_len)  # a million tokens: its few names soon repeat

@@ -16,11 +16,13 @@ from support.cli import choose
 Message = dict[str, Any]
 ROLES = {"system": "system", "user": "user", "assistant": "assistant",
          "human": "user", "gpt": "assistant"}  # the last two are ShareGPT's names
+FLAGS = {None: True, 1: True, 0: False}  # of an answer: is it trained?
+UNKNOWN = ("tools", "functions", "tool_calls", "function_call", "reasoning_content")
 
 
-def read_chats(rows: Iterable[tuple[str, Any]], on_bad: str,
-               left_out: list[str]) -> Iterator[list[Message]]:
-    """The conversations of (where, row) that have an answer; the others go to `left_out`.
+def read_chats(rows: Iterable[tuple[str, Any]], on_bad: str, left_out: list[str],
+               encode: Callable[[list[Message]], Any], seq_len: int) -> Iterator[Any]:
+    """Encode each (where, row) that has an answer in `seq_len` tokens; others go to `left_out`.
 
     A damaged row raises ValueError, or is left out if `on_bad` is "skip".
     """
@@ -29,16 +31,20 @@ def read_chats(rows: Iterable[tuple[str, Any]], on_bad: str,
     for where, row in rows:
         try:
             messages = to_messages(row)
+            document = encode(messages)
         except ValueError as error:
             if on_bad == "stop":
                 raise ValueError(f"{where} {error}; mend it, or choose --on-bad skip") from None
             left_out.append(f"{where} {error}")
             continue
-        if any(m["role"] == "assistant" and m["content"].strip() for m in messages):
-            kept += 1
-            yield messages
+        trained = [m["content"] for m in messages if m["role"] == "assistant" and m["train"]]
+        if not trained or not all(map(str.strip, trained)):  # the end of turn alone is no answer
+            left_out.append(f"{where} has {'an empty' if trained else 'no'} answer")
+        elif not document.loss_mask[:seq_len].any():
+            left_out.append(f"{where} has no answer in {seq_len:,} tokens; choose a longer --seq")
         else:
-            left_out.append(f"{where} has no answer")
+            kept += 1
+            yield document
     if not kept:
         raise ValueError(f"none of {len(left_out)} conversations can be trained on; "
                          f"{', '.join(left_out[:1])}")
@@ -52,11 +58,17 @@ def to_messages(row: dict[str, Any] | ValueError) -> list[Message]:
     if row.get("messages") is not None:
         key, role, text = ("messages", "role", "content")
     try:
-        messages = [{"role": ROLES[turn[role]], "content": turn[text]} for turn in row[key]]
+        turns = [{role: "system", text: row.get("system")}] * bool(row.get("system")) + row[key]
+        for name in UNKNOWN:
+            if any(part.get(name) for part in (row, *turns)):
+                raise ValueError(f"has {name!r}, which no template here writes; take it out")
+        messages = [{"role": ROLES[turn[role]], "content": turn[text],
+                     "train": all(FLAGS[turn.get(flag)] for flag in ("weight", "train", "loss"))}
+                    for turn in turns]
         "".join(message["content"] for message in messages).encode()  # refuses half a character
-    except (KeyError, TypeError):
-        raise ValueError(f"needs {key!r}, a list of turns with {role!r}, one of "
-                         f"{', '.join(ROLES)}, and {text!r}, a text") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"needs {key!r}, a list of turns with {role!r}, one of {', '.join(ROLES)}"
+                         f", and {text!r}, a text; weight, train, loss 0 or 1; {error}") from None
     return messages
 
 

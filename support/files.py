@@ -68,7 +68,7 @@ def read_json(path: Path, kinds: Mapping[str, type] | None = None) -> dict[str, 
         raise ValueError(f"{constant} is no number")
 
     try:
-        entry = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+        entry = json.loads(path.read_bytes(), parse_constant=refuse)  # UTF-8 in any locale
         if not isinstance(entry, dict):
             raise ValueError("it holds no object")
     except (OSError, ValueError, RecursionError) as error:
@@ -106,6 +106,12 @@ def check_maps(*maps: Any) -> None:
     for array in maps:
         if array is not None and os.path.getsize(array.filename) != array.nbytes:
             raise ValueError(f"{array.filename} was cut while it is in use; make the folder again")
+
+
+def is_link(path: Path) -> bool:
+    """Whether a path is a link; but not one of the hub's, snapshots/REVISION/... -> blobs/NAME."""
+    return path.is_symlink() and (
+        path.resolve().parent.parent / "snapshots" not in path.parent.resolve().parents)
 
 
 def sha256_of(folder: Path, pattern: str) -> str:

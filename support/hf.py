@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from support.files import read_json, write_json
+from support.files import is_link, read_json, write_json
 
 
 class Architecture(NamedTuple):
@@ -125,7 +125,9 @@ def write_config(folder: Path, fields: dict[str, Any], dtype: torch.dtype) -> No
 
 
 def read_companions(folder: Path) -> dict[str, bytes]:
-    """The files beside the weights that belong to the model."""
+    """The files beside the weights that belong to the model. Raises ValueError for a link."""
+    for path in filter(is_link, (folder / name for name in COMPANIONS)):
+        raise ValueError(f"{path} is a link, and would be copied; put the file itself there")
     return {name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).is_file()}
 
 

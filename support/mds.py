@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from .files import read_json
+from .files import is_link, read_json
 from .texts import open_file
 
 Packed = tuple[np.ndarray, tuple[int, ...], np.ndarray | None]  # ids, document lengths, loss mask
@@ -30,7 +30,7 @@ def read_mds(folder: str | Path, seq_len: int) -> Iterator[Packed]:
         path, i = Path(folder) / "index.json", 0
         try:
             path = Path(folder, (shard.get("zip_data") or shard["raw_data"])["basename"])
-            if shard.get("format") != "mds" or ".." in path.parts:
+            if shard.get("format") != "mds" or path.parent != Path(folder) or is_link(path):
                 raise ValueError("it is no MDS shard of this folder")
             with open_file(path) as file:
                 content = file.read()

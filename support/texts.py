@@ -5,13 +5,12 @@ ValueError that says why stands in place of the dict. Rows are read as streams, 
 
     documents/00000/input_ids.bin   uint32 (tokens,)      whole documents, one after another
               00000/doc_ends.bin    int64  (documents,)   where each ends
-              00000/meta.json       sizes, options, and how many rows this shard took
+              00000/meta.json       sizes, checksum, options, and how many rows this shard took
               meta.json             written last: with it, the folder is complete
 """
 
 from __future__ import annotations
 
-import glob
 import io
 import itertools
 import json
@@ -20,14 +19,15 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
 
-from .cli import choose, option, parse_length
-from .files import read_meta, whole_folder, write_json
+from .cli import choose, option, parse_length, warn
+from .files import is_link, read_meta, sha256_of, whole_folder, write_json
 from .installed import generator
 
 Row = tuple[str, "dict[str, Any] | ValueError"]
@@ -36,10 +36,11 @@ SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".txt": 
             ".md": "text"}
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 MAX_CHARS = 2**26  # of a document: the tokens of a longer one would need gigabytes
-FORMAT = "nanolong-documents-1"
+FORMAT = "nanolong-documents-2"
 META = {"format": str, "tokenizer": str, "tokenizer_fingerprint": str, "vocab_size": int,
         "max_id": int, "shards": int, "documents": int, "tokens": int, "rows": int, "bad": int}
-SHARD_META = {"rows": int, "documents": int, "tokens": int, "bad": int, "max_id": int}
+COUNTS = ("rows", "documents", "tokens", "bad")
+SHARD_META = dict.fromkeys((*COUNTS, "max_id"), int) | {"sha256": str}
 
 # --- 1. Rows --------------------------------------------------------------------------------------
 
@@ -49,24 +50,23 @@ def read_rows(source: str, format: str = "auto", subset: str | None = None, spli
     """All rows of a source, in one order everywhere. Raises ValueError if it can't be read at all.
 
     `format` is auto (by the suffix), jsonl, parquet, text (a file is a row), repos (a folder of
-    repositories) or hub (`source` names a data set, `subset` and `split` its part). `seed` orders
-    the files of a repository.
+    folders, whose files `seed` orders) or hub (a data set, `subset` and `split` its part).
     """
     root = Path(source)
-    if format != "hub" and not (source and root.exists()):
-        raise ValueError(f"{source!r} does not exist; a data set of the hub wants --format hub")
-    paths = list_files(root) if root.is_dir() and format not in ("repos", "hub") else [root]
+    files, left_out = list_files(source) if format != "hub" else ([], [])
+    if left_out:
+        warn(f"{root}: {len(left_out):,} links or unreadable are left out, as {left_out[0]}")
     if format == "auto":
-        formats = {format_of(path) for path in paths}
+        formats = {format_of(path) for path in files}
         if len(formats) != 1:
             raise ValueError(f"{root} does not hold one kind of file; say which with --format")
         format = formats.pop()
     readers: dict[str, Callable[[Path], Iterator[Row]]] = {
         "jsonl": _jsonl_rows, "parquet": _parquet_rows, "text": _text_rows,
-        "repos": lambda path: _repository_rows(path, seed),
-        "hub": lambda _: _dataset_rows(source, source, name=subset, split=split)}
+        "repos": lambda _: _repository_rows(root, files, seed),
+        "hub": lambda _: _dataset_rows(source, subset, split)}
     read = choose("--format", format, readers)
-    for path in paths:
+    for path in [root] if format in ("repos", "hub") else files:
         try:
             yield from read(path)
         except Exception as error:  # each format has errors of its own
@@ -75,10 +75,16 @@ def read_rows(source: str, format: str = "auto", subset: str | None = None, spli
             raise ValueError(f"{path} can't be read to its end: {problem}") from None
 
 
-def list_files(folder: Path) -> list[Path]:
-    """Regular files below a folder, sorted, without hidden files, hidden folders and links."""
-    return [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()
-            and not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+def list_files(source: str) -> tuple[list[Path], list[Path]]:
+    """A file, or all below a folder but hidden ones; and what is not read: links, closed ones."""
+    if not source or not Path(source).exists():
+        raise ValueError(f"{source!r} does not exist; of the hub? --format hub, in sft.py hub:NAME")
+    if not Path(source).is_dir():
+        return [Path(source)], []
+    shown = [path for path in sorted(Path(source).rglob("*"))  # which follows no link
+             if not any(part.startswith(".") for part in path.relative_to(source).parts)]
+    closed = {path for path in shown if is_link(path) or not os.access(path, os.R_OK)}
+    return [path for path in shown if path.is_file() and path not in closed], sorted(closed)
 
 
 def format_of(path: Path) -> str:
@@ -116,16 +122,19 @@ def _parse_object(line: bytes) -> dict[str, Any] | ValueError:
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
-    return _dataset_rows(str(path), "parquet", data_files=glob.escape(str(path)), split="train")
+    import pyarrow.parquet
+
+    batches = pyarrow.parquet.ParquetFile(path).iter_batches(64)  # rows, not all of a group
+    rows = (row.as_py() for batch in batches for row in batch.to_struct_array())
+    yield from ((f"{path}:{number}", row) for number, row in enumerate(rows, 1))
 
 
-def _dataset_rows(place: str, *which: str, **options: Any) -> Iterator[Row]:
-    """What `datasets` reads: a Parquet file, a set of the hub, or a set in a local folder."""
+def _dataset_rows(name: str, subset: str | None, split: str) -> Iterator[Row]:
+    """What `datasets` reads: a set of the hub, or a set in a local folder."""
     import datasets
 
-    rows = datasets.load_dataset(*which, **options, streaming=True)
-    for number, row in enumerate(rows, 1):
-        yield f"{place}:{number}", row
+    rows = datasets.load_dataset(name, subset, split=split, streaming=True)
+    yield from ((f"{name}:{number}", row) for number, row in enumerate(rows, 1))
 
 
 def _text_rows(path: Path) -> Iterator[Row]:
@@ -135,24 +144,20 @@ def _text_rows(path: Path) -> Iterator[Row]:
 
 def _decode(content: bytes) -> dict[str, Any] | ValueError:
     try:
-        text = content.decode()
+        text = content.decode("utf-8-sig")  # without the mark that some editors put first
     except UnicodeDecodeError:
         return ValueError("is not UTF-8")
     return {"text": text} if "\0" not in text else ValueError("is binary")
 
 
-def _repository_rows(root: Path, seed: int) -> Iterator[Row]:
+def _repository_rows(root: Path, all_files: list[Path], seed: int) -> Iterator[Row]:
     """A row for each folder in `root`: its text files in a seeded order, cut at MAX_CHARS."""
-    for folder in sorted(root.iterdir()):
-        if not folder.is_dir() or folder.name.startswith("."):
-            continue
-        files = list_files(folder)
-        parts: list[str] = []
-        length = 0
-        for i in generator(seed, folder.name).permutation(len(files)):
-            if files[i].stat().st_size > MAX_CHARS:
-                continue
-            row = _decode(files[i].read_bytes())
+    for name, group in itertools.groupby(all_files, lambda file: file.relative_to(root).parts[0]):
+        folder, files = root / name, [file for file in group if file.parent != root]
+        parts, length = list[str](), 0
+        order = generator(seed, name).permutation(len(files))
+        for file in (files[i] for i in order if files[i].stat().st_size <= MAX_CHARS):
+            row = _decode(file.read_bytes())
             if isinstance(row, ValueError) or not row["text"].strip():
                 continue
             length += len(row["text"]) + 1
@@ -170,15 +175,14 @@ def _repository_rows(root: Path, seed: int) -> Iterator[Row]:
 @dataclass(frozen=True)
 class TokenizeConfig:
     input: str = option("", "a file, a folder, or with --format hub the name of a data set")
-    format: str = option("auto", "auto, jsonl, parquet, text (a file a document), repos (a "
-                                 "folder of repositories) or hub")
+    format: str = option("auto", "auto, jsonl, parquet, text (a file a row), repos or hub")
     text_column: str = option("text", "the column that holds the text")
     subset: str | None = option(None, "configuration of a hub data set, as in sample-10BT")
     split: str = option("train", "split of a hub data set")
     on_bad: str = option("stop", "at a row without usable text: stop, or skip (counted)")
     shard_tokens: int = option(2**24, "tokens of a shard: a crash loses one", parse_length)
     workers: int = option(os.cpu_count() or 1, "threads that tokenize", parse_length)
-    tokenizer: str = option("bytes", "bytes, tiktoken:NAME, or a tokenizer.json or tokenizer.model")
+    tokenizer: str = option("bytes", "bytes, tiktoken:NAME, or a tokenizer.json or its folder")
     out: str = option("documents", "the folder to write; run again, it goes on where it stopped")
     seed: int = option(0, "seed of the order of a repository's files", int)
 
@@ -217,19 +221,20 @@ def tokenize(config: TokenizeConfig, tokenizer: Any) -> None:
     Rows alone cut shards: the bytes are the same for any number of workers and crashes.
     """
     out = Path(config.out)
-    if config.on_bad not in ("stop", "skip"):
-        raise ValueError(f"--on-bad {config.on_bad!r} is neither stop nor skip")
+    choose("--on-bad", config.on_bad, dict.fromkeys(("stop", "skip")))
     if (out / "meta.json").exists():
         raise ValueError(f"{out} is complete already; choose another --out, or remove it")
-    job = asdict(config) | {"tokenizer": tokenizer.fingerprint}
-    for option_that_may_change in ("workers", "on_bad", "out"):
-        del job[option_that_may_change]
+    files = list_files(config.input)[0] if config.format != "hub" else []
+    state = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    may_change = {"workers": 0, "on_bad": "", "out": ""}
+    job = asdict(config) | may_change | {"tokenizer": tokenizer.fingerprint,
+                                         "files": sha256(json.dumps(state).encode()).hexdigest()}
     shards: list[dict[str, Any]] = []
     while (folder := out / f"{len(shards):05d}").is_dir():
         shards.append(read_meta(folder, SHARD_META))
         if shards[-1].get("job") != job:
-            raise ValueError(f"{folder} was made with other settings, those in its meta.json; "
-                             "choose another --out")
+            raise ValueError(f"{folder} was made with other settings, those in its meta.json, or "
+                             "from files of other names, sizes or times; choose another --out")
     rows = read_rows(config.input, config.format, config.subset, config.split, config.seed)
     done = sum(shard["rows"] for shard in shards)
     if sum(1 for _ in itertools.islice(rows, done)) < done:
@@ -239,18 +244,17 @@ def tokenize(config: TokenizeConfig, tokenizer: Any) -> None:
     for first in documents:  # is there one left? Then there is another shard
         with whole_folder(out / f"{len(shards):05d}") as folder:
             shard = _write_shard(folder, itertools.chain([first], documents), config)
-            write_json(folder / "meta.json", shard | {"job": job})
+            write_json(folder / "meta.json",
+                       shard | {"job": job, "sha256": sha256_of(folder, "*.bin")})
         shards.append(shard)
-    counts = {key: sum(shard[key] for shard in shards)
-              for key in ("rows", "documents", "tokens", "bad")}
+    counts = {key: sum(shard[key] for shard in shards) for key in COUNTS}
     if not counts["tokens"]:
         raise ValueError(f"{config.input} has no usable text in its {counts['rows']} rows")
     write_json(out / "meta.json", {
         "format": FORMAT, "tokenizer": tokenizer.spec, "vocab_size": tokenizer.vocab_size,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "max_id": max(shard["max_id"] for shard in shards), "shards": len(shards), **counts})
-    bad_rows = itertools.chain.from_iterable(shard["bad_rows"] for shard in shards)
-    for line in itertools.islice(bad_rows, 9):
+    for line in [line for shard in shards for line in shard["bad_rows"]][:9]:
         print(f"skipped: {line}")
 
 
@@ -275,8 +279,12 @@ def _write_shard(folder: Path, documents: Iterator[Ids], config: TokenizeConfig)
 
 
 def read_meta_of(folder: str | Path) -> dict[str, Any]:
-    """What the meta.json of a folder of documents says."""
-    return read_meta(Path(folder), META, FORMAT, "tokenize")
+    """What the meta.json of a folder of documents says. Raises ValueError if its shards do not."""
+    meta = read_meta(Path(folder), META, FORMAT, "tokenize")
+    shards = [read_meta(Path(folder, f"{i:05d}"), SHARD_META) for i in range(meta["shards"])]
+    if any(sum(shard[key] for shard in shards) != meta[key] for key in COUNTS):
+        raise ValueError(f"{folder}: its shards and its meta.json do not agree; tokenize it again")
+    return meta
 
 
 def read_shard(folder: Path) -> list[np.ndarray]:
@@ -285,7 +293,8 @@ def read_shard(folder: Path) -> list[np.ndarray]:
     ids = np.fromfile(folder / "input_ids.bin", np.uint32)
     bounds = np.append(0, np.fromfile(folder / "doc_ends.bin", np.int64))
     if ((len(ids), len(bounds)) != (meta["tokens"], meta["documents"] + 1)
-            or (np.diff(bounds) <= 0).any() or bounds[-1] != len(ids)):
+            or (np.diff(bounds) <= 0).any() or bounds[-1] != len(ids)
+            or sha256_of(folder, "*.bin") != meta["sha256"]):
         raise ValueError(f"{folder}: its files and its meta.json do not agree; it is damaged, "
                          "remove the folder and tokenize again")
     return [ids[begin:end] for begin, end in itertools.pairwise(bounds)]

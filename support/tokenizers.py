@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tiktoken
+import tiktoken.load
 
 from .files import read_json
 from .toy import SYMBOL_NAMES
@@ -111,6 +111,7 @@ def load_encoding(spec: str) -> Loaded:
                                          mergeable_ranks={byte: byte[0] for byte in BYTES})
             return encoding, "<|begin_of_text|>", "<|end_of_text|>", False, []
         if spec.startswith("tiktoken:"):
+            tiktoken.load.read_file = open  # type: ignore  # no network: an URL is no file
             named = tiktoken.get_encoding(spec[9:])
             encoding = tiktoken.Encoding(
                 named.name, mergeable_ranks=named._mergeable_ranks,

@@ -23,6 +23,7 @@ import model
 from data import PackConfig, PackedDataset, PackReport, TokenizeConfig, load_tokenizer, tokenize
 from support import inspect as show
 from support import mds, texts
+from support.files import sha256_of
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "mds"))
@@ -77,7 +78,7 @@ def write_source(path: Path, kind: str) -> Path:
     else:
         path.mkdir()
         for i, text in enumerate(TEXTS):
-            (path / f"{i}.{'md' if i % 2 else 'txt'}").write_text(text)
+            (path / f"{i}.{'md' if i % 2 else 'txt'}").write_text("\ufeff" * (i < 2) + text)
         (path / ".hidden.txt").write_text("not a document")
         (path / "link.txt").symlink_to(path / "0.txt")
     return path
@@ -87,6 +88,35 @@ def write_source(path: Path, kind: str) -> Path:
 def test_every_format_gives_the_same_documents(tmp_path, kind):
     """By its suffix alone, in order (a folder's files by their sorted paths), nothing twice."""
     assert texts_of(write_source(tmp_path / "source", kind)) == TEXTS
+
+
+def test_a_parquet_file_is_read_as_it_lies_there(tmp_path, monkeypatch):
+    """No glob, no `datasets`; categories and views are text; of one name there is one column."""
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    write_table(tmp_path / "c1.parquet", ["other"])
+    path, column = tmp_path / "c[1].parquet", pyarrow.array(TEXTS)
+    for kind in (column.dictionary_encode(), column.cast(pyarrow.string_view())):
+        assert texts_of(write_table(path, kind)) == TEXTS
+    pyarrow.parquet.write_table(pyarrow.table([column, column], ["text", "text"]), path)
+    with pytest.raises(ValueError, match=r"c\[1\]\.parquet can't be read .*duplicate field names"):
+        texts_of(path)
+
+
+def test_links_are_counted_and_only_a_snapshots_are_followed(tmp_path, capsys):
+    """Nothing outside the folder is read, nothing twice; the hub's snapshots are links to blobs."""
+    snapshot, repos = tmp_path / "set" / "snapshots" / "0", tmp_path / "repos"
+    for folder in (snapshot / "data", tmp_path / "set" / "blobs", repos / "one"):
+        folder.mkdir(parents=True)
+    (tmp_path / "set" / "blobs" / "5e").write_bytes(jsonl(TEXTS))
+    (snapshot / "data" / "a.jsonl").symlink_to("../../../blobs/5e")
+    (repos / "one" / "a.py").write_text("a = 1")
+    (repos / "evil").symlink_to(snapshot)
+    (repos / "loop").symlink_to(".")
+    (snapshot / "b.jsonl").symlink_to("../../../repos/one/a.py")
+    assert texts_of(snapshot) == TEXTS and texts_of(repos, format="repos") == ["a = 1"]
+    assert capsys.readouterr().err == (
+        f"{snapshot}: 1 links or unreadable are left out, as {snapshot}/b.jsonl\n"
+        f"{repos}: 2 links or unreadable are left out, as {repos}/evil\n")
 
 
 def test_a_hub_data_set_streams(tmp_path, monkeypatch):
@@ -156,7 +186,7 @@ def test_what_cannot_be_read_is_named(tmp_path, make, why):
 
 @pytest.mark.parametrize(("options", "why"), [
     ({"format": "csv"}, "--format 'csv' is unknown"),
-    ({"on_bad": "ignore"}, "'ignore' is neither stop nor skip"),
+    ({"on_bad": "ignore"}, "--on-bad 'ignore' is unknown"),
     ({"input": ""}, "'' does not exist"),
 ])
 def test_wrong_options_of_tokenize(tmp_path, options, why):
@@ -258,6 +288,11 @@ def test_killed_between_shards_and_run_again_gives_the_same_bytes(web, tmp_path,
     if shards:
         with pytest.raises(ValueError, match="made with other settings"):
             tokenize(options(web, tmp_path / "docs", shard_tokens=2000))
+        before = web.stat().st_mtime_ns
+        os.utime(web, ns=(before, before + 1))
+        with pytest.raises(ValueError, match="from files of other names, sizes or times"):
+            tokenize(options(web, tmp_path / "docs"))
+        os.utime(web, ns=(before, before))
     (tmp_path / "docs" / f"{at - 1:05d}.writing").mkdir()  # what a killed process leaves
     tokenize(options(web, tmp_path / "docs", workers=1))
     assert content(tmp_path / "docs") == content(tmp_path / "whole")
@@ -285,7 +320,9 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(tmp_path, command):
 
 
 @pytest.mark.parametrize(("file", "change", "why"), [
-    ("meta.json", lambda b: b.replace(b"documents-1", b"documents-0"), "does not say format"),
+    ("meta.json", lambda b: b.replace(b"documents-2", b"documents-0"), "does not say format"),
+    ("meta.json", lambda b: re.sub(rb'"shards": \d+', b'"shards": 1', b), "its shards and"),
+    ("00001/input_ids.bin", lambda b: b[:8] + bytes([b[8] ^ 1]) + b[9:], "do not agree"),
     ("00001/meta.json", lambda b: b.replace(b'"tokens": 1', b'"tokens": 2'), "do not agree"),
     ("00001/input_ids.bin", lambda b: b[:-4], "do not agree"),
     ("00001/doc_ends.bin", lambda b: b[8:16] + b[:8] + b[16:], "do not agree"),
@@ -311,8 +348,9 @@ def write_numbered(folder: Path, shards: list[list[int]]) -> Path:
         np.cumsum(lens).astype(np.int64).tofile(part / "doc_ends.bin")
         token += sum(lens)
         meta = {"rows": 0, "documents": len(lens), "tokens": sum(lens), "bad": 0, "max_id": token}
-        (part / "meta.json").write_text(json.dumps(meta))
+        (part / "meta.json").write_text(json.dumps(meta | {"sha256": sha256_of(part, "*.bin")}))
     (folder / "meta.json").write_text(json.dumps(meta | {
+        "documents": sum(map(len, shards)), "tokens": sum(map(sum, shards)),
         "format": texts.FORMAT, "tokenizer": "bytes", "vocab_size": 295, "shards": len(shards),
         "tokenizer_fingerprint": load_tokenizer().fingerprint}))
     return folder
@@ -439,6 +477,7 @@ def _cut(size: int):
     (_index(format="csv"), "no MDS shard"),
     (_index(column_names=["a", "b", "c", "d"]), "'input_ids'"),
     (_index(raw_data={"basename": "../../secret"}), "no MDS shard"),
+    (_index(raw_data={"basename": "/etc/hostname"}), "no MDS shard"),
     (_index(column_encodings=["str", "pkl", "pkl", "int"]), r"shard\.00001\.mds sample 0: .*'pkl'"),
     (_index(column_encodings=["str", "ndarray:uint32", "ndarray", "int"]), "have ndarray:DTYPE"),
     (_index(column_encodings=["str", "ndarray:uint32", "ndarray:uint32:64", "int"]), "DTYPE"),

@@ -32,7 +32,7 @@ from experiments import synthetic
 from model import init_parallel
 from sft import CHAT_TEMPLATES, SftConfig, encode_chat
 from support import installed, toy
-from support.chats import read_chats
+from support.chats import read_chats, to_messages
 from support.texts import read_rows
 
 ROOT = Path(__file__).parent.parent
@@ -159,10 +159,10 @@ def write_rows(path: Path, rows: list) -> str:
     return str(path)
 
 
-def read_all(source: str, on_bad: str = "stop") -> tuple[list[list[str]], list[str]]:
-    left_out: list[str] = []
-    chats = read_chats(read_rows(source), on_bad, left_out)
-    return [trained_text(BYTES, encode_chat(BYTES, messages)) for messages in chats], left_out
+def read_all(source: str, on_bad: str = "stop", seq_len: int = 2**20):
+    left_out, encode = [], functools.partial(encode_chat, BYTES)
+    chats = read_chats(read_rows(source), on_bad, left_out, encode, seq_len)
+    return [trained_text(BYTES, document) for document in chats], left_out
 
 
 def test_messages_and_sharegpt_from_jsonl_and_parquet(tmp_path):
@@ -180,6 +180,11 @@ def test_messages_and_sharegpt_from_jsonl_and_parquet(tmp_path):
 @pytest.mark.parametrize("row, words", [
     ("{", "is not JSON"), ("[1]", "object"), ({}, "needs 'conversations', a list of turns"),
     ({"messages": [{"role": "robot"}]}, "needs 'messages', a list of turns with 'role', one of"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "0 or 1; 'tool'"),
+    ({"messages": [{"role": "assistant", "content": "x", "weight": 0.5}]}, "0 or 1; 0.5"),
+    (GOOD | {"tools": [{"name": "search"}]}, "has 'tools', which no template here writes"),
+    ({"messages": [GOOD["messages"][1] | {"tool_calls": [1]}]}, "has 'tool_calls'"),
+    ({"messages": [GOOD["messages"][1] | {"reasoning_content": "hm"}]}, "has 'reasoning_content'"),
     ({"messages": [{"role": "user", "content": None}]}, "and 'content', a text"),
     ({"messages": [{"role": ["user"], "content": "x"}]}, "needs 'messages'"),
     ({"conversations": [{"from": "human"}]}, "with 'from', one of"),
@@ -193,6 +198,25 @@ def test_a_damaged_row_stops_or_is_skipped_and_counted(tmp_path, row, words):
     assert words in str(error.value)
     documents, left_out = read_all(source, "skip")
     assert len(documents) == 2 and len(left_out) == 1 and words in left_out[0]
+
+
+def test_a_system_text_is_a_turn_and_a_flag_masks_its_answer():
+    """What stands beside the messages has its ids; nothing of a masked answer is trained."""
+    found = encode_chat(BYTES, to_messages(GOOD | {"system": "brief", "tools": None})).input_ids
+    wanted = encode_chat(BYTES, turns("brief", "q", "a", first="system")).input_ids
+    assert np.array_equal(found, wanted)
+    for flag in ({"weight": 0}, {"train": False}, {"loss": False}):
+        messages = [GOOD["messages"][0], GOOD["messages"][1] | flag, *turns("r", "b")]
+        document = encode_chat(BYTES, to_messages({"messages": messages}))
+        assert trained_text(BYTES, document) == ["b<|eot_id|>"]
+
+
+def test_empty_answers_and_those_behind_the_cut_are_left_out_and_counted(tmp_path):
+    rows = [GOOD, {"messages": turns("q", "a", "r", " \n")}, {"messages": turns("q" * 99, "a")}]
+    source = write_rows(tmp_path / "a.jsonl", rows)
+    documents, left_out = read_all(source, seq_len=64)
+    assert documents == [["a<|eot_id|>"]] and left_out[0] == f"{source}:2 has an empty answer"
+    assert left_out[1:] == [f"{source}:3 has no answer in 64 tokens; choose a longer --seq"]
 
 
 # --- Conversations that every Python can make ---
@@ -243,20 +267,22 @@ def test_built_in_conversations_repeat_by_seed_and_suit_other_tokenizers(tokeniz
     assert some(1) == some(1) != some(2)
     other = load_tokenizer(str(tokenizer_folders["llama3"]))
     assert sft.question_kinds(other) == ["kind", "package", "summary"]
-    config = SftConfig(tokenizer=other.spec)
-    conversations = sft.conversations_of("builtin", other, config, 1024, [])
-    documents = [encode_chat(other, messages) for messages in islice(conversations, 50)]
-    assert all(0 < d.loss_mask.sum() < len(d) < 400 for d in documents)
+    config = SftConfig(tokenizer=other.spec, template="llama3")
+    documents = sft.conversations_of("builtin", other, config, 1024, [])
+    assert all(0 < d.loss_mask.sum() < len(d) < 400 for d in islice(documents, 50))
 
 
-def test_a_name_that_is_no_file_is_a_data_set_of_the_hub(monkeypatch):
-    """OWNER/NAME:SPLIT goes to `datasets`; a file that is missing does not."""
+def test_only_what_says_hub_is_a_data_set_of_the_hub(monkeypatch):
+    """hub:OWNER/NAME:SPLIT goes to `datasets`; a name that is mistyped does not."""
     asked = []
-    monkeypatch.setattr(sft, "read_rows", lambda *a, **k: asked.append((a, k)) or iter([]))
-    for source in ("HuggingFaceH4/ultrachat_200k:train_sft", "owner/name", "no/such.jsonl"):
-        sft.conversations_of(source, BYTES, SftConfig(), 1024, [])
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "read_rows", lambda *a, **k: asked.append((a, k)) or iter([]))
+        for source in ("hub:HuggingFaceH4/ultrachat_200k:train_sft", "hub:owner/name", "a/b:c"):
+            sft.conversations_of(source, BYTES, SftConfig(), 1024, [])
     assert asked == [(("HuggingFaceH4/ultrachat_200k", "hub"), {"split": "train_sft"}),
-                     (("owner/name", "hub"), {"split": "train"}), (("no/such.jsonl",), {})]
+                     (("owner/name", "hub"), {"split": "train"}), (("a/b:c",), {})]
+    with pytest.raises(ValueError, match=r"'chats/mine\.json' does not exist"):
+        next(sft.conversations_of("chats/mine.json", BYTES, SftConfig(), 1024, []))
 
 
 # --- The average over trained tokens is exact, and a run is the same on any ranks ---
@@ -440,6 +466,7 @@ def test_a_run_is_evaluated_before_and_after_and_resumes(tmp_path, monkeypatch, 
     ("--init init --mix chat=0.5,novels=0.5", "domain 'novels' is unknown"),
     ("--init init --seq 1m", "longer than the model's context"),
     ("--init init --data mine.jsonl --seq 1k", "fills a sequence of 1,024 tokens"),
+    ("--init init --data long.jsonl --seq 1k", "no answer in 1,024 tokens; choose a longer --seq"),
     ("--chat nowhere", "nowhere"),
 ])
 def test_bad_input_ends_in_one_line_and_code_2(tmp_path, monkeypatch, capsys, arguments, words):
@@ -448,6 +475,7 @@ def test_bad_input_ends_in_one_line_and_code_2(tmp_path, monkeypatch, capsys, ar
     Path("bad.jsonl").write_text("{\n")
     write_rows(Path("mute.jsonl"), [MUTE])
     write_rows(Path("mine.jsonl"), [GOOD])
+    write_rows(Path("long.jsonl"), [{"messages": turns("q" * 3500, "a")}] * 40)
     monkeypatch.setattr("sys.argv", ["sft.py", *arguments.split(), "--no-eval"])
     monkeypatch.setitem(sft.STAGES, "tiny", train.stage_at_length(sft.STAGES["tiny"], 1024, None))
     with pytest.raises(SystemExit) as ended:
