@@ -17,7 +17,7 @@ import torch
 from support.cli import choose, parse_length
 
 GPU_BYTES = 80e9  # an H100 80GB; CUDA and the allocator take some 5% of it
-FLOPS = 0.4 * 989e12  # 40% of its bfloat16 peak: what a well-tuned 8B model reaches
+FLOPS = 0.4 * 989e12  # 40% of its bfloat16 peak, which is hopeful (docs/512K.md)
 
 
 def count_weights(config: Any) -> tuple[int, int]:

@@ -200,7 +200,8 @@ S, P, T, LAYERS = 524_288, 8, 524_288 // 8, SHAPE.n_layers
 flops = functools.partial(model.flops_per_step, SHAPE)
 GIVEN = {  # shapes, powers, what FLOPs are made of, the plan's assumptions
     "2", "3", "4", "6", "7", "8", "9", "10", "12", "15", "30", "32", "64", "80", "128", "512",
-    "900", "1,024", "4,096", "8,192", "14,336", "65,536", "128,256", "524,288"}
+    "900", "1,024", "2,048", "4,096", "8,192", "14,336", "65,536", "128,256", "524,288",
+    "1", "34.7", "21.4", "48324"}
 
 
 @functools.cache
@@ -225,13 +226,13 @@ def said_of_tokens() -> list[str]:
         at_work = [part("at work: the logits", loss_chunk_tokens=n) for n in (chunk, chunk // 2)]
         return 2 * (at_work[0] - at_work[1])
 
-    kept = part("kept for backward")
+    kept = part("kept for backward", loss_chunk_tokens=0)
     inputs = part("kept for backward, then gradients", activations="recompute")
     qkv = 2 * T * SHAPE.head_dim * (SHAPE.n_heads + 2 * SHAPE.n_kv_heads)  # 2 bytes each: bfloat16
     rows = [(qkv, 2), (inputs / LAYERS, 1), (inputs, 1), (kept / LAYERS, 2), (kept, 1),
             (4 * T * SHAPE.vocab_size, 1), (logits_at_work(T), 1)]
     said = [f"| {size / T / KIB:,.0f} KiB | {size / GIB:.{n}f} GiB |" for size, n in rows]
-    return [*said, f"| | {logits_at_work(2048) / GIB:.1f} GiB |",
+    return [*said, f"| | {logits_at_work(T) * 2048 / T / GIB:.1f} GiB |",
             f"{S:,}² entries, {2 * S * S // GIB} GiB in bfloat16"]
 
 
