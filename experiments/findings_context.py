@@ -175,8 +175,7 @@ needle_first = Finding(
          lambda a: sum(p["few@4k"] - p["recall@4k"] for p in a["2K -> 8K"]) / len(a["2K -> 8K"])},
     by_step(("few@4k", "recall@4k", "icl@4k")),
     why="a needle in plain letters is beyond a model of this size; few pairs stand for it. The "
-        "start finds 70 to 90% of 4 pairs at twice its length, and 22 to 52% of 32: most is learnt "
-        "in eight steps",
+        "start finds 70 to 90% of 4 pairs at twice its length: most is learnt in eight steps",
     **_ALONG,  # type: ignore[arg-type]
     shown=("few@4k", "recall@4k", "icl@4k"))
 

@@ -43,6 +43,9 @@ shows both). Arms are compared within a seed, and intervals are Student's over t
 the whole interval lies where the paper says. *Disagree*: it lies on the other side. *Not told
 apart*: zero is inside. With three seeds only large effects are told apart.
 `python experiments/run.py --page` prints this page.
+
+All were made by the commits that they name, when recall had 32 symbols. Today's recipe has 85, of
+which none stands twice in a document. With it no finding has been run again.
 """
 
 
