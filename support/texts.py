@@ -176,7 +176,9 @@ def _repository_rows(root: Path, all_files: list[Path], seed: int) -> Iterator[R
 class TokenizeConfig:
     input: str = option("", "a file, a folder, or with --format hub the name of a data set")
     format: str = option("auto", "auto, jsonl, parquet, text (a file a row), repos or hub")
-    text_column: str = option("text", "the column that holds the text")
+    text_column: str = option("text", "the column that holds the text, or messages")
+    where: str = option("", "keep only such rows, as in meta.redpajama_set_name=RedPajamaBook")
+    group_by: str = option("", "join rows that follow each other with the same, as in repo_name")
     subset: str | None = option(None, "configuration of a hub data set, as in sample-10BT")
     split: str = option("train", "split of a hub data set")
     on_bad: str = option("stop", "at a row without usable text: stop, or skip (counted)")
@@ -192,12 +194,41 @@ def text_of(row: dict[str, Any] | ValueError, column: str) -> str:
     if isinstance(row, ValueError):
         raise row
     text = row.get(column)
+    if column == "messages":  # a conversation as plain text, all of which is trained on
+        try:
+            text = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in row[column])
+        except (LookupError, TypeError):
+            raise ValueError("has no list of turns with 'role' and 'content'") from None
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"has no text in column {column!r} but {text!r:.40}; its columns are "
                          f"{', '.join(map(repr, row))}")
     if len(text) > MAX_CHARS:
         raise ValueError(f"is longer than {MAX_CHARS:,} characters; split it")
     return text
+
+
+def select_rows(rows: Iterator[Row], where: str) -> Iterator[Row]:
+    """Rows in which a column, or a field in one, is what `where` says; and damaged ones."""
+    path, _, wanted = where.partition("=")
+    for place, row in rows:
+        value: Any = row
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if isinstance(row, ValueError) or str(value) == wanted:
+            yield place, row
+
+
+def join_rows(rows: Iterator[Row], config: TokenizeConfig) -> Iterator[Row]:
+    """One row of those that follow each other with the same repository, its files in any order."""
+    for name, group in itertools.groupby(rows, lambda each: str(each[1].get(config.group_by))
+                                         if isinstance(each[1], dict) else each[0]):
+        places, found = zip(*group, strict=True)
+        if isinstance(found[0], ValueError):
+            yield places[0], found[0]
+            continue
+        order = generator(config.seed, name).permutation(len(found))
+        parts = [found[i].get(config.text_column) for i in order]
+        yield places[0], {config.text_column: "\n".join(p for p in parts if isinstance(p, str))}
 
 
 def encode_all(rows: Iterator[Row], tokenizer: Any, config: TokenizeConfig) -> Iterator[Ids]:
@@ -236,6 +267,8 @@ def tokenize(config: TokenizeConfig, tokenizer: Any) -> None:
             raise ValueError(f"{folder} was made with other settings, those in its meta.json, or "
                              "from files of other names, sizes or times; choose another --out")
     rows = read_rows(config.input, config.format, config.subset, config.split, config.seed)
+    rows = select_rows(rows, config.where) if config.where else rows
+    rows = join_rows(rows, config) if config.group_by else rows
     done = sum(shard["rows"] for shard in shards)
     if sum(1 for _ in itertools.islice(rows, done)) < done:
         raise ValueError(f"{config.input} has fewer rows than {out} has of it; begin anew")

@@ -102,6 +102,32 @@ def test_a_parquet_file_is_read_as_it_lies_there(tmp_path, monkeypatch):
         texts_of(path)
 
 
+def test_rows_are_chosen_joined_and_read_as_conversations(tmp_path):
+    """`--where` looks into columns, `--group-by` joins neighbours, messages are plain text."""
+    rows = [{"repo": repo, "text": text, "meta": {"set": kind}, "messages": turns}
+            for repo, text, kind, turns in (("a", "1", "Book", [{"role": "user", "content": "Hi"}]),
+                                            ("a", "2", "Book", []), ("b", "3", "Book", [{}]),
+                                            ("b", "4", "Web", 7), ("c", "5", "Book", None))]
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows) + "no json\n")
+    found = list(texts.read_rows(str(source)))
+    kept = list(texts.select_rows(iter(found), "meta.set=Book"))
+    assert [row["text"] for _, row in kept[:-1]] == ["1", "2", "3", "5"]
+    assert isinstance(kept[-1][1], ValueError)  # a damaged row is never left out silently
+    *joined, last = texts.join_rows(iter(found), texts.TokenizeConfig(group_by="repo"))
+    assert [sorted(row["text"].split("\n")) for _, row in joined] == [["1", "2"], ["3", "4"], ["5"]]
+    assert isinstance(last[1], ValueError)
+    assert texts.text_of(rows[0], "messages") == "user: Hi"
+    for row in rows[1:]:
+        with pytest.raises(ValueError, match="has no"):
+            texts.text_of(row, "messages")
+    config = texts.TokenizeConfig(input=str(source), where="meta.set=Book", group_by="repo",
+                                  on_bad="skip", out=str(tmp_path / "out"), workers=1)
+    data.tokenize(config)
+    documents = texts.read_shard(tmp_path / "out" / "00000")
+    assert len(documents) == 3 and {len(ids) for ids in documents} == {3, 5}
+
+
 def test_links_are_counted_and_only_a_snapshots_are_followed(tmp_path, capsys):
     """Nothing outside the folder is read, nothing twice; the hub's snapshots are links to blobs."""
     snapshot, repos = tmp_path / "set" / "snapshots" / "0", tmp_path / "repos"
