@@ -259,7 +259,8 @@ def test_local_files_in_every_known_format(model, tmp_path):
         (example,) = task.examples(TOKENIZER, 0, 5, 1, 0)
         assert task.score(written, example.questions[0]) == pytest.approx(score), name
     prompt = TOKENIZER.decode([*example.context_ids[1:], *example.questions[0].prompt_ids])
-    assert "[ID: 3] Document: text 3" in prompt and prompt.endswith("Query: what\nRanking:")
+    assert "[ID: 3] Document (Title: T3): text 3\n\n[ID: 4]" in prompt
+    assert prompt.endswith("Query: what\nRanking:")
     names = ",".join(str(tmp_path / f"{name}.jsonl") for name in files)
     config = options(tmp_path, tasks="", data=names, samples=2)
     done = evaluation.evaluate(model, config, "m")
@@ -269,7 +270,7 @@ def test_local_files_in_every_known_format(model, tmp_path):
 
 @pytest.mark.parametrize("line, words", [
     ('{"a": 1}', "no known format"), ("{", "bad.jsonl:1 is not JSON"), ("", "no JSON objects"),
-    ('{"input": "x", "outputs": [3]}', "expected str")])
+    ('{"input": "x", "outputs": [3]}', r"bad.jsonl:1 has the answers \[3\]; give")])
 def test_a_bad_file_is_one_clear_error(tmp_path, line, words):
     (tmp_path / "bad.jsonl").write_text(line + "\n")
     with pytest.raises(ValueError, match=words):
