@@ -17,7 +17,7 @@ Lengths count the model's own tokens. All code in contexts is code that training
     python eval.py --compare runs/a/eval/long-1200.json,runs/b/eval/long-1200.json
 
 Text tasks follow HELMET (2410.02694) and RULER (2404.06654) in words of our own: they compare
-models, but not with those papers' tables.
+models, but not with their tables.
 
 Sources: sections 2.1-2.3, A.1, Table 13.
 """

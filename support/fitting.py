@@ -3,8 +3,7 @@
 The lines of a JSONL file may be
 
     RULER's      {"input", "outputs"}, "answer_prefix" if there
-    HELMET's     {"context", "query" or "question", "outputs" or "answer"}, and for needles
-                 "type_needle_v", for JSON pairs "demos": two are shown
+    HELMET's     {"context", "query" or "question", "outputs" or "answer"}, with "demos" of pairs
     passages     {"question", "answers", "ctxs": [{"title", "text"}]}
     re-ranking   {"query", "ctxs": [{"id", "title", "text", "label"}]}
 
@@ -113,11 +112,10 @@ def encode_prompt(tokenizer: Any, example: TextExample, rule: Rule) -> Encoded:
     return made._replace(context_ids=ids[:cut], questions=[(ids[cut:], *made.questions[0][1:])])
 
 
-def _parse(row: dict[str, Any], rule: Rule) -> TextExample:
+def _parse(row: Any, rule: Rule) -> TextExample:
     """A line as a prompt, and a question that adds only the answers."""
-    answers: Any = row.get("outputs", row.get("answers", row.get("answer")))
-    question: Any = row.get("query", row.get("question"))
-    relevance, documents = None, ""
+    answers, relevance = row.get("outputs", row.get("answers", row.get("answer"))), None
+    question, documents = row.get("query", row.get("question")), ""
     for c in row.get("ctxs", []):
         documents += f"[ID: {c.get('id')}] " * (rule is RERANK) + "Document"
         documents += f" (Title: {c.get('title')})" * bool(c.get("title")) + f": {c['text']}\n\n"
@@ -135,11 +133,10 @@ def _parse(row: dict[str, Any], rule: Rule) -> TextExample:
         shown = [f"{KEY_PROMPT.format(key)} {value}" for key, value in row["demos"][:2]]
         text = row["context"] + KEY_TASK + "".join(shown) + KEY_PROMPT.format(question)
     elif "type_needle_v" in row:
-        what = f"special magic {row['type_needle_v']} of {question}"
-        text = row["context"] + f"\n\nWhat are the {what}? In the text above, the {what} are"
+        text = row["context"] + f"\n\nWhich {row['type_needle_v']} belong to {question}? They are"
     else:
         text = row["context"] + "\n\nQuestion: " + question + "\nAnswer:"
-    flat: list[Any] = answers if isinstance(answers, list) else [answers]
+    flat = answers if isinstance(answers, list) else [answers]
     flat = [a for each in flat for a in (each if isinstance(each, list) else [each])]
     compared = normalize if rule.score is contains else str.strip
     if not all(isinstance(a, str) and a.strip() for a in flat) or not any(map(compared, flat)):
