@@ -73,8 +73,7 @@ def test_files_are_scored_as_their_referees_do(tmp_path, name, row, budget, one_
     (FOUR, "Which?"), (FOUR | {"answer_prefix": " They are"}, "Which? They are"),
     (FOUR | {"input": "a\u2028b" * 30}, "a\u2028b" * 30), (KEPT, "11, 22\n\nQuestion: a\nAnswer:"),
     (RAG, "...\n\nDocument: It was Ann.\n\nQuestion: Who?\nAnswer:"),
-    (RAG | {"ctxs": [{"title": "T", "text": "x"}]}, "...\n\nDocument (Title: T): x\n\nQuestion: "
-                                                    "Who?\nAnswer:"),
+    (RAG | {"ctxs": [{"title": "T", "text": "x"}]}, "... (Title: T): x\n\nQuestion: Who?\nAnswer:"),
     (to_rank("d1", "2", "3"), "...: t\n\n[ID: 3] Document: t\n\nQuery: q\nRanking:")])
 def test_nothing_is_added_to_a_prompt(tmp_path, row, prompt):
     _, example = read(tmp_path, "x", row)
