@@ -16,8 +16,8 @@ Lengths count the model's own tokens. All code in contexts is code that training
     python eval.py --model DIR --tasks text --lengths 8k,32k --samples 100
     python eval.py --compare runs/a/eval/long-700.json,runs/b/eval/long-700.json
 
-Text tasks follow HELMET (2410.02694) and RULER (2404.06654) in words of our own: their scores
-compare models, but not with the tables in those papers.
+Text tasks follow HELMET (2410.02694) and RULER (2404.06654) in words of our own: they compare
+models, but not with their tables.
 
 Sources: sections 2.1-2.3, A.1, Table 13.
 """
@@ -61,9 +61,6 @@ class Question:
     relevance: dict[str, int] | None = None  # re-ranking: how well each passage fits the query
 
 
-Score = Callable[[str, Question], float]  # of what a model wrote, 0 to 1
-
-
 @dataclass(frozen=True)
 class Example:
     """A context, independent questions about it, and how many tokens an answer may have."""
@@ -71,6 +68,7 @@ class Example:
     context_ids: np.ndarray
     questions: tuple[Question, ...]
     budget: int
+    one_line: bool = False  # each answer
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class Task:
 
     examples: Callable[[Tokenizer, int, int, int, int], list[Example]]
     #                  (tokenizer, length, contexts, questions about each, seed)
-    score: Score
+    score: Callable[[str, Question], float]  # of what a model wrote, 0 to 1
     category: str  # we average over categories, not over tasks (section 2.1)
     shared: int = 7  # at most so many questions about a context; `exact` tasks: just so many
     exact: bool = False  # right only if greedy decoding writes the answer token by token
@@ -149,41 +147,41 @@ def icl_examples(tokenizer: Tokenizer, length: int, n: int, questions: int,
 
 # --- 3. Tasks in text -------------------------------------------------------------------
 #
-# support/tasks.py draws examples as text, support/fitting.py finds the size that fills the length
-# and makes them tokens, support/scores.py scores answers as HELMET and RULER do.
+# support/tasks.py draws text, support/fitting.py makes it tokens that fill the length, and
+# support/scores.py scores answers as HELMET and RULER do.
 
 
-def text_task(name: str, draw: Callable[..., tasks.TextExample], score: Score, category: str,
+def text_task(name: str, draw: Callable[..., tasks.TextExample], rule: scores.Rule, category: str,
               **options: Any) -> Task:
-    """A task that `draw` draws with these options."""
+    """A task that `draw` draws with options."""
+    draw = partial(draw, **options)
 
     def examples(tokenizer: Tokenizer, length: int, n: int, questions: int,
                  seed: int) -> list[Example]:
         made = []
         for i, depths in enumerate(fitting.spread_depths(n, questions)):
-            make_rng = partial(data.generator, seed, name, length, i)
-            made.append(fitting.fit(name, partial(draw, **options), make_rng, depths, tokenizer,
-                                    length))
-        return [make_example(encoded) for encoded in made]
+            rng = partial(data.generator, seed, name, length, i)
+            made.append(make_example(fitting.fit(name, draw, rng, depths, tokenizer, length, rule)))
+        return made
 
-    return Task(examples, score, category)
+    return Task(examples, rule.score, category)
 
 
 def make_example(encoded: fitting.Encoded) -> Example:
     questions = tuple(Question(*fields) for fields in encoded.questions)
-    return Example(encoded.context_ids, questions, encoded.budget)
+    return Example(encoded.context_ids, questions, *encoded.rule[1:])
 
 
 def file_task(path: Path) -> Task:
     """A task from a JSONL file, whose lines are asked as they are."""
-    rows = fitting.read_lines(path)
+    rule, rows = fitting.read_prompts(path)
 
     def examples(tokenizer: Tokenizer, length: int, n: int, questions: int,
                  seed: int) -> list[Example]:
         lines = sorted(data.generator(seed, path.name).permutation(len(rows))[:n].tolist())
-        return [make_example(e) for e in fitting.file_examples(path, tokenizer, lines)]
+        return [make_example(fitting.encode_prompt(tokenizer, rows[i], rule)) for i in lines]
 
-    return Task(examples, scores.for_file(path.stem, rows[0]), "file", shared=1, only_length=0)
+    return Task(examples, rule.score, "file", shared=1, only_length=0)
 
 
 @cache
@@ -194,21 +192,21 @@ def code_lines() -> list[str]:
     return [line for line in lines if line.strip() and "<|" not in line and "\ufffd" not in line]
 
 
-_needles = partial(text_task, draw=tasks.draw_needles, score=scores.fraction, category="ruler")
+_needles = partial(text_task, draw=tasks.draw_needles, rule=scores.NEEDLES, category="ruler")
 TASKS: dict[str, Task] = {
     "recall_bare": Task(partial(recall_examples, bare=True), scores.same, "recall", toy.N_PAIRS,
                         exact=True, only_length=160),
     "recall": Task(recall_examples, scores.same, "recall", toy.N_PAIRS, exact=True),
     "icl": Task(icl_examples, scores.same, "icl", 26, exact=True),
-    "json_kv": text_task("json_kv", tasks.draw_json_kv, scores.contains, "recall"),
+    "json_kv": text_task("json_kv", tasks.draw_json_kv, scores.RECALL, "recall"),
     "needle": _needles("needle", haystack=code_lines),
     "needle_noise": _needles("needle_noise", haystack=lambda: [tasks.FILLER.strip()]),
     "multikey_1": _needles("multikey_1", haystack=code_lines, n_keys=4),
     "multivalue": _needles("multivalue", haystack=code_lines, n_values=4),
     "multiquery": _needles("multiquery", haystack=code_lines, n_queries=4),
-    "icl_6": text_task("icl_6", tasks.draw_icl, scores.exact_line, "icl"),
-    "icl_77": text_task("icl_77", tasks.draw_icl, scores.exact_line, "icl", classes=77),
-    "rerank": text_task("rerank", tasks.draw_rerank, scores.ranking, "rerank"),
+    "icl_6": text_task("icl_6", tasks.draw_icl, scores.ICL, "icl"),
+    "icl_77": text_task("icl_77", tasks.draw_icl, scores.ICL, "icl", classes=77),
+    "rerank": text_task("rerank", tasks.draw_rerank, scores.RERANK, "rerank"),
 }
 _tokens = [name for name, task in TASKS.items() if task.exact]
 _text = [name for name in TASKS if name not in _tokens]
@@ -217,7 +215,7 @@ GROUPS = {"tokens": _tokens, "text": _text, "few": ["json_kv", "needle", "icl_6"
 
 
 def find_task(name: str) -> Task:
-    """A task by its name, or made from a file."""
+    """A task by its name, or from a file."""
     return file_task(Path(name)) if name.endswith(".jsonl") else choose("task", name, TASKS)
 
 
@@ -228,15 +226,16 @@ def answer_questions(model: Transformer, tokenizer: Tokenizer, example: Example,
                      parallel: Parallel | None = None) -> list[str]:
     """What the model writes for each question.
 
-    The model reads the context once. Each question continues from its KV cache, then cut back.
+    It reads the context once. Each question continues from its KV cache, then cut back.
 
     With `exact` we feed the right answer, and take the most likely token at each position. If all
-    match, greedy decoding would have written just this answer.
+    match, greedy decoding writes just this answer.
     """
     cache = KVCache()
-    read(model, example.context_ids.tolist(), cache, parallel=parallel)
-    context_length = cache.length
-    written = []
+    if not read(model, example.context_ids.tolist(), cache, parallel=parallel).isfinite().all():
+        raise ValueError("the logits are not finite; try --dtype float32")
+    context_length, written = cache.length, []
+    stops = line_ends(tokenizer) if example.one_line else {tokenizer.eos_id}
     for question in example.questions:
         cache.length = context_length
         prompt = question.prompt_ids.tolist()
@@ -245,17 +244,17 @@ def answer_questions(model: Transformer, tokenizer: Tokenizer, example: Example,
             logits = read(model, prompt + answer[:-1], cache, last=len(answer), parallel=parallel)
             ids = logits.argmax(dim=-1).tolist()
         else:
-            ids = generate(model, prompt, example.budget, line_ends(tokenizer), cache=cache,
-                           parallel=parallel)
-        written.append(tokenizer.decode([i for i in ids if i < tokenizer.vocab_size]))
+            ids = generate(model, prompt, example.budget, stops, cache=cache, parallel=parallel)
+        ids = [i for i in ids if i < tokenizer.vocab_size and i != tokenizer.eos_id]
+        written.append(tokenizer.decode(ids))
     return written
 
 
 @cache
-def line_ends(tokenizer: Tokenizer) -> frozenset[int]:
-    """End of text, and all tokens with a line break in them: every answer is one line."""
-    table = tokenizer.encoding._mergeable_ranks
-    return frozenset([tokenizer.eos_id, *(i for token, i in table.items() if b"\n" in token)])
+def line_ends(tokenizer: Tokenizer) -> set[int]:
+    """End of text, and all tokens with a line break."""
+    ranks = tokenizer.encoding._mergeable_ranks
+    return {tokenizer.eos_id} | {i for token, i in ranks.items() if b"\n" in token}
 
 
 def run_task(model: Transformer, tokenizer: Tokenizer, task: str, length: int, n: int,
@@ -285,7 +284,8 @@ def run_task(model: Transformer, tokenizer: Tokenizer, task: str, length: int, n
         progress(length)
     predictions = [p for context in contexts for p in context]
     low, high = interval([[p["score"] for p in context] for context in contexts])
-    return {"task": task, "length": length, "category": chosen.category, "n": len(predictions),
+    return {"task": "/".join(Path(task).with_suffix("").parts[-2:]), "length": length,
+            "category": chosen.category, "n": len(predictions),
             "score": float(np.mean([p["score"] for p in predictions])), "low": low, "high": high,
             "chance": float(np.mean([p["chance"] for p in predictions])),
             "by_depth": scores.by_depth(predictions), "predictions": predictions}
@@ -304,7 +304,7 @@ def bits_per_byte(model: Transformer, tokenizer: Tokenizer, length: int, n: int,
                   parallel: Parallel | None = None) -> list[dict[str, Any]]:
     """Bits per byte of held-out code: how well a model predicts after so much context.
 
-    Bytes, because tokenizers cut one text into different numbers of tokens. We sum the loss of `n`
+    Bytes, because tokenizers cut a text into more or fewer tokens. We sum the loss of `n`
     documents (1,024 at most) over positions 0-256, 256-512, ... and the last quarter. "short" are
     documents of 256 tokens. Source: Figure 1: this number may improve while abilities do not.
     """

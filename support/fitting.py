@@ -1,11 +1,11 @@
 """From tasks as text to examples in tokens: of the length asked for, or ready prompts from a file.
 
-A line of a JSONL file may be
+The lines of a JSONL file may be
 
     RULER's      {"input", "outputs"}, "answer_prefix" if there
-    JSON pairs   {"context", "question", "answer", "demos"}: two demonstrations are shown
+    HELMET's     {"context", "query" or "question", "outputs" or "answer"}, with "demos" of pairs
     passages     {"question", "answers", "ctxs": [{"title", "text"}]}
-    re-ranking   {"query", "ctxs": [{"id", "text", "label"}]}
+    re-ranking   {"query", "ctxs": [{"id", "title", "text", "label"}]}
 
 A `tokenizer` here is anything with `encode`, `decode` and `begin`, the tokens that begin a text.
 """
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .scores import RAG, RERANK, Rule, contains, for_file, normalize
 from .tasks import FILLER, KEY_PROMPT, KEY_TASK, TextExample, TextQuestion
 from .texts import read_rows
 
@@ -29,10 +30,10 @@ class Encoded(NamedTuple):
 
     context_ids: np.ndarray
     questions: list[tuple[np.ndarray, tuple[str, ...], float | None, float, dict[str, int] | None]]
-    budget: int  # tokens that an answer may have
+    rule: Rule
 
 
-def encode_example(tokenizer: Any, example: TextExample, spare: int = 0) -> Encoded:
+def encode_example(tokenizer: Any, example: TextExample, rule: Rule, spare: int = 0) -> Encoded:
     """Turn text into tokens, behind `spare` idle ones, and an answer's place into its depth."""
     filler = tokenizer.encode(FILLER * (1 + spare))[:spare]
     before = len(tokenizer.decode(filler))  # in characters
@@ -44,8 +45,7 @@ def encode_example(tokenizer: Any, example: TextExample, spare: int = 0) -> Enco
             depth = place / (before + len(example.context))
         questions.append((tokenizer.encode(q.prompt), q.answers, depth, q.chance, q.relevance))
     ids = np.concatenate((tokenizer.begin, filler, tokenizer.encode(example.context)))
-    longest = max(len(tokenizer.encode(", ".join(q.answers))) for q in example.questions)
-    return Encoded(ids.astype(np.uint32), questions, longest + longest // 4 + 4)
+    return Encoded(ids.astype(np.uint32), questions, rule)
 
 
 def spread_depths(n: int, questions: int) -> list[list[float]]:
@@ -55,7 +55,7 @@ def spread_depths(n: int, questions: int) -> list[list[float]]:
 
 
 def fit(name: str, draw: Callable[..., TextExample], make_rng: Callable[[], np.random.Generator],
-        depths: list[float], tokenizer: Any, length: int) -> Encoded:
+        depths: list[float], tokenizer: Any, length: int, rule: Rule) -> Encoded:
     """Draw the largest example that fits into `length` tokens, with a question and an answer.
 
     Every drawing starts from the same random numbers. We guess the next size from the tokens that
@@ -65,9 +65,9 @@ def fit(name: str, draw: Callable[..., TextExample], make_rng: Callable[[], np.r
     """
 
     def make(size: int, spare: int = 0) -> tuple[Encoded, int]:
-        made = encode_example(tokenizer, draw(make_rng(), size, depths), spare)
+        made = encode_example(tokenizer, draw(make_rng(), size, depths), rule, spare)
         longest = max(len(prompt) for prompt, *_ in made.questions)
-        return made, len(made.context_ids) + longest + made.budget
+        return made, len(made.context_ids) + longest + rule.budget
 
     low, high, per_unit = 1, math.inf, 8.0  # the size `low` fits, `high` does not
     best, used = make(low)
@@ -86,53 +86,59 @@ def fit(name: str, draw: Callable[..., TextExample], make_rng: Callable[[], np.r
 
 
 @cache
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file. Raises ValueError for a line that is none."""
-    lines = []
+def read_prompts(path: Path) -> tuple[Rule, list[TextExample]]:
+    """How a JSONL file is judged, and what it asks. Raises ValueError for a line of no format."""
+    rules, prompts = set(), []
     for where, row in read_rows(str(path), "jsonl"):
-        if isinstance(row, ValueError):
-            raise ValueError(f"{where} {row}")
-        lines.append(row)
-    if not lines:
-        raise ValueError(f"{path} holds no JSON objects, one a line")
-    return lines
-
-
-def file_examples(path: Path, tokenizer: Any, lines: list[int]) -> list[Encoded]:
-    """Some lines of a file as examples. Raises ValueError for a line that has no known format."""
-    examples = []
-    for i in lines:
         try:
-            example = _parse(read_lines(path)[i])
-            made = encode_example(tokenizer, example)
-            longest = max(len(tokenizer.encode(a)) for a in example.questions[0].answers)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{path} entry {i + 1} is of no known format ({error!r}); "
-                             "support/fitting.py lists them") from None
-        examples.append(made._replace(budget=max(100, 2 * longest)))
-    return examples
+            if isinstance(row, ValueError):
+                raise row
+            rules.add(rule := for_file(path, row))
+            prompts.append(_parse(row, rule))
+        except ValueError as error:
+            raise ValueError(f"{where} {error}") from None
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{where} is of no known format ({error!r}); support/fitting.py "
+                             "lists them") from None
+    if len(rules) != 1:
+        raise ValueError(f"{path} holds no JSON objects of one format, one a line")
+    return rules.pop(), prompts
 
 
-def _parse(row: dict[str, Any]) -> TextExample:
-    """A line as a context, and the question about it."""
-    relevance = None
-    if "outputs" in row:
-        context, prompt, answers = row["input"], row.get("answer_prefix") or "\n", row["outputs"]
-    elif "query" in row:
+def encode_prompt(tokenizer: Any, example: TextExample, rule: Rule) -> Encoded:
+    """A ready prompt in tokens, encoded as a whole. Its last ones stand for the question."""
+    made = encode_example(tokenizer, example, rule)
+    ids, cut = made.context_ids, max(1, len(made.context_ids) - 64)
+    return made._replace(context_ids=ids[:cut], questions=[(ids[cut:], *made.questions[0][1:])])
+
+
+def _parse(row: Any, rule: Rule) -> TextExample:
+    """A line as a prompt, and a question that adds only the answers."""
+    answers, relevance = row.get("outputs", row.get("answers", row.get("answer"))), None
+    question, documents = row.get("query", row.get("question")), ""
+    for c in row.get("ctxs", []):
+        documents += f"[ID: {c.get('id')}] " * (rule is RERANK) + "Document"
+        documents += f" (Title: {c.get('title')})" * bool(c.get("title")) + f": {c['text']}\n\n"
+    if rule is RERANK:
         relevance = {str(c["id"]): int(c["label"]) for c in row["ctxs"]}
         answers = " > ".join(sorted(relevance, key=lambda i: -relevance[i])[:10])
-        texts = [f"[ID: {c['id']}] Document: {c['text']}" for c in row["ctxs"]]
-        context = ("Rank the documents by relevance to the query, in this form: "
-                   "Ranking: ID3 > ID1 > ID2\n\n" + "\n\n".join(texts))
-        prompt = f"\n\nQuery: {row['query']}\nRanking:"
-    elif "ctxs" in row:
-        texts = [f"Document (Title: {c['title']}): {c['text']}" for c in row["ctxs"]]
-        task = "Answer the question by the documents below, in a few words.\n\n"
-        context, answers = task + "\n\n".join(texts), row["answers"]
-        prompt = f"\n\nQuestion: {row['question']}\nAnswer:"
-    else:
+        text = ("Rank the documents by relevance to the query, in this form: "
+                "Ranking: ID3 > ID1 > ID2\n\n" + documents + "Query: " + question + "\nRanking:")
+    elif rule is RAG:
+        text = ("Answer the question by the documents below, in a few words.\n\n" + documents
+                + "Question: " + question + "\nAnswer:")
+    elif "input" in row and "outputs" in row:
+        text = row["input"] + (row.get("answer_prefix") or "")
+    elif "demos" in row:
         shown = [f"{KEY_PROMPT.format(key)} {value}" for key, value in row["demos"][:2]]
-        context, answers = row["context"] + KEY_TASK + "".join(shown), row["answer"]
-        prompt = KEY_PROMPT.format(row["question"])
-    answers = (answers,) if isinstance(answers, str) else tuple(answers)
-    return TextExample(context, [TextQuestion(prompt, answers, relevance=relevance)])
+        text = row["context"] + KEY_TASK + "".join(shown) + KEY_PROMPT.format(question)
+    elif "type_needle_v" in row:
+        text = row["context"] + f"\n\nWhich {row['type_needle_v']} belong to {question}? They are"
+    else:
+        text = row["context"] + "\n\nQuestion: " + question + "\nAnswer:"
+    flat = answers if isinstance(answers, list) else [answers]
+    flat = [a for each in flat for a in (each if isinstance(each, list) else [each])]
+    compared = normalize if rule.score is contains else str.strip
+    if not all(isinstance(a, str) and a.strip() for a in flat) or not any(map(compared, flat)):
+        raise ValueError(f"has the answers {answers!r}; give one or more texts, none of them empty")
+    return TextExample(text, [TextQuestion("", tuple(flat), relevance=relevance)])

@@ -106,7 +106,7 @@ def _draw_curves(axes: Any, evaluations: Sequence[Evaluation], task: str,
                       label=evaluation["model"])
     axes.plot(x, [r["chance"] for r in rows], "--", color="gray", linewidth=1, label="chance")
     counts = ", ".join(str(n) for n in sorted({r["n"] for r in rows}))
-    axes.set_title(f"{Path(task).stem} (n = {counts})", fontsize=9)
+    axes.set_title(f"{task} (n = {counts})", fontsize=9)
     axes.set(ylim=(-0.03, 1.05))
     axes.grid(alpha=0.3)
 

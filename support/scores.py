@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unicodedata import normalize as unicode_form
 
 import numpy as np
 
@@ -27,13 +28,13 @@ def same(written: str, question: Any) -> float:
 
 def normalize(text: str) -> str:
     """Lower case, no punctuation, no articles, single blanks: how SQuAD and HELMET compare."""
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    text = "".join(c for c in unicode_form("NFC", text.lower()) if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def contains(written: str, question: Any) -> float:
-    """HELMET's substring_exact_match: a right answer occurs in the text, both normalized."""
-    return float(any(normalize(answer) in normalize(written) for answer in question.answers))
+    """HELMET's substring_exact_match, both normalized; an answer that is empty then is wrong."""
+    return float(any(a in normalize(written) for a in map(normalize, question.answers) if a))
 
 
 def exact_line(written: str, question: Any) -> float:
@@ -46,8 +47,8 @@ def exact_line(written: str, question: Any) -> float:
 
 def fraction(written: str, question: Any) -> float:
     """RULER's score: the share of the right answers that occur in what was written, in any case."""
-    found = [answer.lower() in written.lower() for answer in question.answers]
-    return sum(found) / len(found)
+    text, *answers = (unicode_form("NFC", each.lower()) for each in (written, *question.answers))
+    return sum(answer in text for answer in answers) / len(answers)
 
 
 def any_answer(written: str, question: Any) -> float:
@@ -57,21 +58,44 @@ def any_answer(written: str, question: Any) -> float:
 
 def ranking(written: str, question: Any) -> float:
     """HELMET's score for re-ranking, nDCG@10."""
-    return ndcg(parse_ranking(written), question.relevance)
+    return ndcg(parse_ranking(written, question.relevance), question.relevance)
 
 
-def for_file(name: str, row: dict[str, Any]) -> Callable[[str, Any], float]:
-    """The score that goes with the format of a file (support/fitting.py lists the formats)."""
-    if "outputs" in row:
-        return any_answer if "qa" in name else fraction
-    return ranking if "query" in row else contains
+class Rule(NamedTuple):
+    """How an answer is judged, how many tokens it may have, and whether it ends with its line."""
+
+    score: Callable[[str, Any], float]
+    budget: int
+    one_line: bool = False
 
 
-def parse_ranking(written: str) -> list[str]:
-    """'[ID3] > ID1 > 2' -> 3, 1, 2: the longest chain of numbers, each where it first comes."""
-    plain = re.sub(r"[\[\]:]", "", written).lower().replace("id", "")
-    chains = re.findall(r"\d+(?:\s*>\s*\d+)*", plain)
-    return list(dict.fromkeys(re.findall(r"\d+", max(chains, key=len, default=""))))
+ICL, RAG, RERANK = Rule(exact_line, 20, True), Rule(contains, 20, True), Rule(ranking, 200, True)
+RECALL, NEEDLES = Rule(contains, 100), Rule(fraction, 128)
+RULER_BUDGETS = {"qa": 32, "vt": 30, "cwe": 120, "fwe": 50}  # of its other tasks
+
+
+def for_file(path: Path, row: dict[str, Any]) -> Rule:
+    """The rule for a file of such rows. RULER's goes by the task, as in qa_1/validation.jsonl."""
+    folder = re.match("validation|test|train|dev", path.stem) and path.absolute().parent.name
+    name = f"{folder or ''}{path.stem}".lower()
+    if "ctxs" in row:
+        return RERANK if "query" in row else RAG
+    if "input" in row and "outputs" in row:
+        budget = next((n for task, n in RULER_BUDGETS.items() if task in name), NEEDLES.budget)
+        return Rule(any_answer if "qa" in name else fraction, budget)
+    needles = not {"outputs", "type_needle_v"}.isdisjoint(row) and "qa" not in name
+    return Rule(fraction, 100) if needles else RECALL
+
+
+def parse_ranking(written: str, passages: Collection[str] = ()) -> list[str]:
+    """'[ID3] > ID1 > 2' -> 3, 1, 2: the longest chain of numbers, or of words if ids are words."""
+    plain, *ids = (re.sub(r"[\[\]:]", "", text).lower().replace("id", "")
+                   for text in (written, *passages))
+    numbers, known = all(map(str.isdigit, ids)), dict(zip(ids, passages, strict=True))
+    one = r"\d+" if numbers else r"[^\s>]*\w"
+    chains = re.findall(rf"{one}(?:\s*>\s*{one})*", plain)
+    longest = max(chains, key=len if numbers else lambda chain: chain.count(">"), default="")
+    return list(dict.fromkeys(known.get(name, name) for name in re.findall(one, longest)))
 
 
 def ndcg(order: Sequence[str], relevance: dict[str, int], k: int = 10) -> float:
@@ -102,8 +126,7 @@ def macro_averages(results: Sequence[dict[str, Any]]) -> dict[int, float]:
     """
     tables: dict[int, dict[str, list[float]]] = {}  # length -> category -> scores
     for row in results:
-        categories = tables.setdefault(row["length"], {})
-        categories.setdefault(row["category"], []).append(row["score"])
+        tables.setdefault(row["length"], {}).setdefault(row["category"], []).append(row["score"])
     counts = {length: sum(map(len, table.values())) for length, table in tables.items()}
     return {length: float(np.mean([np.mean(each) for each in tables[length].values()]))
             for length in sorted(tables) if counts[length] == max(counts.values()) > 1}
@@ -112,20 +135,16 @@ def macro_averages(results: Sequence[dict[str, Any]]) -> dict[int, float]:
 def align(rows: Sequence[Sequence[str]]) -> str:
     """Cells as a table: the first column stands to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *others in rows:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]))
-    return "\n".join(lines)
+    return "\n".join("  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])])
+                     for first, *others in rows)
 
 
 def format_table(evaluations: Sequence[dict[str, Any]]) -> str:
     """Score by task and length, one column a model, each with its interval."""
     table = [["task", "length", "n", "chance", *(e["model"] for e in evaluations)]]
     for rows in zip(*(e["results"] for e in evaluations), strict=True):
-        row = rows[0]
-        table.append([Path(row["task"]).stem, format_length(row["length"]), str(row["n"]),
-                      f"{row['chance']:.2g}"])
+        r = rows[0]
+        table.append([r["task"], format_length(r["length"]), str(r["n"]), f"{r['chance']:.2g}"])
         table[-1] += [f"{r['score']:.3f} [{r['low']:.2f}, {r['high']:.2f}]" for r in rows]
     means = [macro_averages(e["results"]) for e in evaluations]
     more = [("macro avg", format_length(n), [mean[n] for mean in means]) for n in means[0]]
@@ -246,7 +265,7 @@ def format_comparison(a: str, b: str, rows: Sequence[dict[str, Any]]) -> str:
     """The differences as a table, with a star at those that are real."""
     table = [["task", "length", a[:10], b[:10], "difference", "95% interval", "p", ""]]
     for r in rows:
-        table.append([Path(r["task"]).stem, format_length(r["length"]), f"{r['a']:.3f}",
+        table.append([r["task"], format_length(r["length"]), f"{r['a']:.3f}",
                       f"{r['b']:.3f}", f"{r['difference']:+.3f}",
                       f"[{r['low']:+.2f}, {r['high']:+.2f}]", f"{r['p']:.2g}", "*" * r["real"]])
     real = sum(row["real"] for row in rows)
