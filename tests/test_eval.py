@@ -153,7 +153,9 @@ def guess(rng: np.random.Generator, name: str, question: Question) -> str:
     if question.relevance is not None:
         return " > ".join(rng.permutation(list(question.relevance))[:10])
     if name == "icl":
-        return f"<|{rng.choice(list('234567'))}|>"
+        return f"<|{rng.choice(list('012345'))}|>"
+    if name.startswith("recall"):
+        return "".join(f"<|{c}|>" for c in rng.choice(list(toy.SYMBOL_NAMES), toy.VALUE_LEN))
     letters = {c: chr(rng.integers(97, 123)) for c in " ".join(question.answers) if c.isalnum()}
     return " ".join("".join(letters.get(c, c) for c in answer) for answer in question.answers)
 
@@ -346,7 +348,7 @@ def test_command_line_writes_results_and_pictures(model, tmp_path, monkeypatch, 
     shown = scores.format_recall(saved)
     for row, lines in zip(saved["results"], shown.split("tokens: ")[1:], strict=False):
         asked = row["predictions"][len(row["predictions"]) // 2]
-        key, value = asked["prompt"][-3], re.sub(r"\W", "", asked["answers"][0])
+        key, value = asked["prompt"][-3], "".join(re.findall(r"<\|(\S)\|>", asked["answers"][0]))
         assert f" ~{key}{value} " in lines and f"question: ?{key}\n" in lines
         assert ("right" in lines) == (asked["score"] == 1)
     for name in ("model.png", "model-depth.png"):
