@@ -1,4 +1,4 @@
-"""What one CUDA GPU can do: right numbers, tokens/s, MFU and memory of whole steps, no hidden waits.
+"""What one CUDA GPU does: right numbers; tokens/s, MFU and memory of steps; no hidden waits.
 
     python experiments/gpu.py --jobs check,attention --out checks.json       (not run on a GPU yet)
     python experiments/gpu.py --jobs 3b-64k,3b-short --steps 3 --activations recompute
@@ -16,6 +16,7 @@ PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True. Eight GPUs: experiments/simula
 from __future__ import annotations
 
 import gc
+import json
 import statistics
 import sys
 import time
@@ -24,14 +25,13 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import cycle, product
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -74,6 +74,7 @@ def free() -> None:
     """Give back the memory that nothing refers to any more, and measure the peak anew."""
     gc.collect()
     if GPU:
+        torch.cuda.set_sync_debug_mode("default")  # a check that failed has left it at "error"
         torch._dynamo.reset()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -89,7 +90,7 @@ def run_jobs(jobs: dict[str, Callable[[], Any]], out: Path, **about: Any) -> Non
         free()  # what the job before has left
         result["jobs"][name] = tried(job)
         write_json(out, result)
-        print(f"{name}: {result['jobs'][name]}", flush=True)
+        print(json.dumps(result["jobs"][name], indent=1), flush=True)
     raise SystemExit("'failed: " in str(result))
 
 
@@ -122,7 +123,8 @@ def sharded(shape: Any, parallel: Parallel, options: MemoryOptions) -> tuple[Tra
 def training(config: GpuConfig, parallel: Parallel, short: bool) -> dict[str, Any]:
     """Steps of train.py's own `train_step`, with the memory options that it would choose."""
     device, tokens = parallel.device, 1024 if config.tiny else 65_536
-    shape, rng = preset_config("tiny" if config.tiny else "llama3.2-3b", 295), np.random.default_rng(0)
+    shape = preset_config("tiny" if config.tiny else "llama3.2-3b", 295)
+    rng = np.random.default_rng(0)
     packs = [short_documents(rng, tokens) if short else (tokens,) for _ in range(4)]
     options, plan = train.memory_options_for(
         train.TrainConfig(activations=config.activations), shape, tokens, 1, DTYPE.itemsize,
@@ -141,10 +143,10 @@ def training(config: GpuConfig, parallel: Parallel, short: bool) -> dict[str, An
 def draw_heads(config: GpuConfig, device: torch.device, tokens: int) -> list[Tensor]:
     """q, k, v of one layer, and the gradient of what attention makes of them."""
     shape = preset_config("tiny" if config.tiny else "llama3-8b", 295)
-    draw = torch.Generator(device).manual_seed(0)
-    return [torch.randn(tokens, heads, shape.head_dim, generator=draw, device=device, dtype=DTYPE,
-                        requires_grad=True)
-            for heads in (shape.n_heads, shape.n_kv_heads, shape.n_kv_heads, shape.n_heads)]
+    draw = {"device": device, "dtype": DTYPE, "requires_grad": True}
+    kv = shape.n_kv_heads
+    return [torch.randn(tokens, heads, shape.head_dim, **draw)
+            for heads in (shape.n_heads, kv, kv, shape.n_heads)]
 
 
 def attend(heads: list[Tensor], backend: str, doc_lens: Sequence[int]) -> list[Tensor]:
@@ -189,7 +191,7 @@ def check(config: GpuConfig, parallel: Parallel) -> dict[str, Any]:
         print(f"  {name}: {found[name]}", flush=True)
 
     heads = draw_heads(config, parallel.device, 1024)
-    for backend, lens in product(("varlen", "sdpa"), (SEVERAL, ONE)):
+    for backend, lens in (("varlen", SEVERAL), ("varlen", ONE), ("sdpa", SEVERAL), ("sdpa", ONE)):
         compare(f"{backend}, documents: {len(lens)}", attend(heads, "reference", lens), attend,
                 heads, backend, lens, runs=GPU or backend == "sdpa" or lens == ONE)
     shape = replace(preset_config("tiny" if config.tiny else "llama3.2-1b", 295), n_layers=2)
@@ -208,28 +210,23 @@ def check(config: GpuConfig, parallel: Parallel) -> dict[str, Any]:
     none, limit = gradients(0), 3e-2 if GPU else 1e-5
     for case in ((0, "keep"), (0, "attention"), (0, "recompute"), (0, "offload"), (0, "keep", 100),
                  (100, "keep"), (100, "attention", 100)):
-        compare(str(MemoryOptions(*case)), none, gradients, *case,
-                runs=GPU or "offload" not in case)
+        runs = GPU or "offload" not in case  # which train.py refuses on a CPU
+        compare(str(MemoryOptions(*case)), none, gradients, *case, runs=runs)
     if GPU:
         model.compile_blocks()
     compare("compiled blocks", none, gradients, 0)
-    steps = [partial(train.train_step, model, optimizer, batch, 1e-5, parallel)
-             for batch in (one, several, one)]
-    found["waits inside a step"] = tried(partial(waits, *steps), GPU)
+    step = partial(train.train_step, model, optimizer, lr=1e-5, parallel=parallel)
+    found["waits inside a step"] = tried(partial(count_waits, step, (one, one, several)), GPU)
     return found
 
 
-def waits(*steps: Callable[[], Any]) -> int:
+def count_waits(step: Callable[..., Any], batches: Sequence[Any]) -> int:
     """0 if the last step waits for nothing until it reads the loss; raises where it waits."""
     mode, read = torch.cuda.set_sync_debug_mode, Tensor.tolist
-    for step in steps[:-1]:
-        step()
     with patch.object(Tensor, "tolist", lambda x: mode("default") or read(x)):
-        try:
-            mode("error")
-            steps[-1]()
-        finally:
-            mode("default")
+        for batch in batches:
+            mode("error" if batch is batches[-1] else "default")
+            step(batches=batch)
     return 0
 
 

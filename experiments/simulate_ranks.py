@@ -1,11 +1,10 @@
 """One process runs the share of rank 0 in steps of N ranks: what would each of eight GPUs need?
 
-    python experiments/simulate_ranks.py --seq 512k --fake-tensors              Llama-3-8B, 8 ranks
-    python experiments/simulate_ranks.py --seq 512k --steps 1 --activations attention \
-        --mlp-tile-tokens 8192 --loss-chunk-tokens 1024          (a CUDA GPU; minutes for each step)
-    python experiments/simulate_ranks.py --seq-parallel-size 1 --seq 64k \
-        --activations recompute,attention           (two cases; each rank its own 64K, as Table 15)
-    python experiments/simulate_ranks.py --seq 64k --tiny       a toy, without a GPU on the CPU
+    python experiments/simulate_ranks.py --fake-tensors           Llama-3-8B, 512K over eight ranks
+    python experiments/simulate_ranks.py --activations attention --mlp-tile-tokens 8192 --steps 1
+    python experiments/simulate_ranks.py --seq-parallel-size 1 --seq 64k --activations \
+        recompute,attention                      two cases; each rank its own sequence, as Table 15
+    python experiments/simulate_ranks.py --seq 64k --tiny         a toy, without a GPU on the CPU
 
 PyTorch's fake process group says "done" to every collective without sending anything. So one GPU
 holds and computes just what rank 0 of N would: its part of weights and optimizer, its tokens, its
@@ -80,6 +79,7 @@ class OneKernel(torch.autograd.Function):
 def simulate(config: SimulateConfig, **changes: Any) -> dict[str, Any]:
     """Run rank 0's steps; return what they took, and the plan's bytes beside it."""
     from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed._tools.mem_tracker import MemTracker
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     options = MemoryOptions(config.loss_chunk_tokens, config.activations, config.mlp_tile_tokens)
@@ -119,8 +119,13 @@ def simulate(config: SimulateConfig, **changes: Any) -> dict[str, Any]:
         if config.fake_tensors:
             step()
             moments = [x for state in optimizer.state.values() for x in state.values()]
-            held = [x for x in (*model.parameters(), *moments) if isinstance(x, DTensor)]
-            found = {"peak_bytes": count_bytes(forward_backward, held)}
+            tracker = MemTracker()  # of what lives on between steps, and what comes and goes in one
+            tracker.track_external(*(x.to_local() for x in (*model.parameters(), *moments)
+                                     if isinstance(x, DTensor)))
+            with tracker:
+                forward_backward()
+            peak = tracker.get_tracker_snapshot("peak")[device]["Total"]
+            found = {"peak_bytes": peak, "peak_gib": peak / 2**30}
         else:
             found = time_steps(step, 1, config.steps)
             flops = llama.flops_per_step(shape, doc_lens) / sp_size / found["seconds"]
@@ -128,17 +133,6 @@ def simulate(config: SimulateConfig, **changes: Any) -> dict[str, Any]:
                       "mfu": flops / llama.device_peak_flops(device, dtype)}
     plan = memory_per_rank(shape, options, len(ids), config.world_size, dtype.itemsize)
     return {**asdict(config), **found, "plan": plan, "plan_gib": sum(plan.values()) / 2**30}
-
-
-def count_bytes(step: Any, held: list[DTensor]) -> int:
-    """The most bytes: what lives on between steps, and what comes and goes in one."""
-    from torch.distributed._tools.mem_tracker import MemTracker
-
-    tracker = MemTracker()
-    tracker.track_external(*(x.to_local() for x in held))
-    with tracker:
-        step()
-    return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
 
 
 def main() -> None:
