@@ -1,177 +1,250 @@
-"""What one CUDA GPU can do: tokens/s, MFU and memory of whole training steps, and no hidden waits.
+"""What one CUDA GPU does: right numbers; tokens/s, MFU and memory of steps; no hidden waits.
 
-    python experiments/gpu.py                  fifteen minutes on one H100 (not run on any yet)
-    python experiments/gpu.py --device cpu     the same calls on a toy, to see that they run
+    python experiments/gpu.py --jobs check,attention --out checks.json       (not run on a GPU yet)
+    python experiments/gpu.py --jobs 3b-64k,3b-short --steps 3 --activations recompute
+    python experiments/gpu.py --tiny              the same jobs on a toy, without a GPU on the CPU
 
-1. Steps of train.py's own `train_step` on one GPU: llama3.2-3b at 64K (aim: 45% MFU), llama3.2-1b
-   at 512K in one document (aim: it fits), each with the memory options of `--activations auto`.
-2. `varlen` against full causal attention, and against `sdpa`, on 64K tokens of short documents.
-3. No wait for the device inside a step (torch.cuda's sync debug mode names every one), and no
-   compilation after the first steps, though document lengths change.
+check      attention backends against the reference; memory levers and compiled blocks against none;
+           a step that waits for the device only where it reads the loss
+attention  forward and backward of one layer of Llama-3-8B, by kernel and by kind of documents
+3b-64k     steps of llama3.2-3b on one document of 64K tokens; 3b-short: on short documents
 
-What each of eight GPUs would need for Llama-3-8B at 512K: experiments/simulate_ranks.py. Writes
-docs/figures/gpu.json.
+The JSON is written again after each job; one that fails leaves its error there. For 3b set
+PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True. Eight GPUs: experiments/simulate_ranks.py.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
-import torch.distributed as dist
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import PackedSequence, make_batch, option, parse_cli, run_main  # noqa: E402
+import model as llama  # noqa: E402
+import train  # noqa: E402
 from experiments.parallel_speed import sequence, short_documents  # noqa: E402
-from model import (  # noqa: E402
-    BACKENDS,
-    Parallel,
-    Transformer,
-    device_peak_flops,
-    flops_per_step,
-    init_parallel,
-    preset_config,
-)
-from train import (  # noqa: E402
-    TrainConfig,
-    make_optimizer,
-    memory_options_for,
-    memory_there,
-    shard_model,
-    train_step,
-)
+from model import MemoryOptions, Parallel, Transformer, preset_config  # noqa: E402
+from support.cli import choose, option, parse_cli, parse_length, run_main  # noqa: E402
+from support.files import write_json  # noqa: E402
+from support.memory import memory_there  # noqa: E402
+
+NOT_RUN = "not run here"  # stands where a number would, if what it takes is missing
+GPU = torch.cuda.is_available()
+DTYPE = torch.bfloat16 if GPU else torch.float32
+SEVERAL, ONE = (5, 700, 1, 318), (1024,)  # the documents of a check
 
 
 @dataclass(frozen=True)
 class GpuConfig:
-    device: str = option("cuda", "cuda, or cpu for a toy")
-    steps: int = option(5, "steps to time, after two that warm up")
+    jobs: str = option("check,attention,3b-64k,3b-short", "what to run, in this order")
+    steps: int = option(3, "steps to time, after two that warm up", parse_length)
+    activations: str = option("auto", "as in train.py")
+    tiny: bool = option(False, "the tiny model on 1K tokens")
+    out: str = option("", "JSON (default: docs/figures/gpu.json, of a toy runs/gpu.json)")
 
 
-def one_training(
-    name: str, packs: list[PackedSequence], parallel: Parallel, steps: int
-) -> dict[str, Any]:
-    """Train a preset on the packs in turn: seconds, MFU, peak GiB, late compilations."""
-    device, gpu = parallel.device, parallel.device.type == "cuda"
-    dtype = torch.bfloat16 if gpu else torch.float32
-    shape = preset_config(name, 295)
-    model = Transformer(shape).to(device).init_weights(0)
-    options, _ = memory_options_for(
-        TrainConfig(),
-        shape,
-        len(packs[0].input_ids),
-        1,
-        dtype.itemsize,
-        memory_there(device),
-        device.type,
-    )
-    model.set_memory_options(options)
-    model.compile_blocks()
-    model = shard_model(model, parallel, dtype)
-    optimizer = make_optimizer(model, 0.1)
-    seconds, compiled = [], []
-    for step in range(2 + steps):
-        batch = make_batch([packs[step % len(packs)]])
-        begin = time.perf_counter()
-        # ends by reading the loss: the device is done
-        train_step(model, optimizer, [batch], 1e-5, parallel)
-        seconds.append(time.perf_counter() - begin)
-        compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    median = statistics.median(seconds[2:])
-    flops = np.mean([flops_per_step(shape, pack.doc_lens) for pack in packs])
-    return {
-        "model": name,
-        "tokens": len(packs[0].input_ids),
-        "options": str(options),
-        "seconds": median,
-        "tok_per_s": len(packs[0].input_ids) / median,
-        "mfu": flops / median / device_peak_flops(device, dtype),
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if gpu else None,
-        "compiled_after_warmup": compiled[-1] - compiled[1],
-    }
-
-
-def waits_inside_a_step(parallel: Parallel) -> int:
-    """Whether forward and backward of a tiny model wait for the GPU: each wait is an error."""
-    model = (
-        Transformer(preset_config("tiny", 295)).to(parallel.device, torch.bfloat16).init_weights(0)
-    )
-    ids = torch.zeros(2048, dtype=torch.long, device=parallel.device)
-    model.loss(ids, ids, (2048,))[0].backward()
-    torch.cuda.set_sync_debug_mode("error")
+def tried(function: Callable[[], Any], runs: bool = True) -> Any:
+    """What the function returns, or why there is nothing; what comes after it runs anyway."""
     try:
-        model.loss(ids, ids, (1000, 1048))[0].backward()
-    except RuntimeError:
-        return 1
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+        return function() if runs else NOT_RUN
+    except Exception as error:
+        traceback.print_exc()
+        return f"failed: {type(error).__name__}: {error}"
+
+
+def free() -> None:
+    """Give back the memory that nothing refers to any more, and measure the peak anew."""
+    gc.collect()
+    if GPU:
+        torch.cuda.set_sync_debug_mode("default")  # a check that failed has left it at "error"
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def run_jobs(jobs: dict[str, Callable[[], Any]], out: Path, **about: Any) -> None:
+    """Run one after the other, write the JSON after each. Code 1 if any has failed."""
+    result = {"command": " ".join(sys.argv), "torch": torch.__version__, **about,
+              "device": torch.cuda.get_device_name() if GPU else "cpu", "jobs": {}}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for name, job in jobs.items():
+        print(name, flush=True)
+        free()  # what the job before has left
+        result["jobs"][name] = tried(job)
+        write_json(out, result)
+        print(json.dumps(result["jobs"][name], indent=1), flush=True)
+    raise SystemExit("'failed: " in str(result))
+
+
+def time_steps(step: Callable[[], Any], warmup: int, steps: int) -> dict[str, Any]:
+    """The median step's seconds; the most memory; what was compiled after the warm-up."""
+    seconds, compiled = [], []
+    for i in range(warmup + steps):
+        begin = time.perf_counter()
+        step()
+        if GPU:
+            torch.cuda.synchronize()
+            compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        seconds.append(time.perf_counter() - begin)
+        print(f"  {seconds[-1]:.4f} s{' to warm up' * (i < warmup)}", flush=True)
+    return {"seconds": statistics.median(seconds[warmup:]), "steps": seconds[warmup:],
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if GPU else NOT_RUN,
+            "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if GPU else NOT_RUN,
+            "compiled_after_warmup": compiled[-1] - compiled[warmup - 1] if GPU else NOT_RUN}
+
+
+def sharded(shape: Any, parallel: Parallel, options: MemoryOptions) -> tuple[Transformer, Any]:
+    """Model and optimizer as train.py has them, the weights drawn on the device."""
+    with parallel.device:
+        model = Transformer(shape).init_weights(0)
+    model.set_memory_options(options)
+    train.shard_model(model, parallel, DTYPE)
+    return model, train.make_optimizer(model, 0.1)
+
+
+def training(config: GpuConfig, parallel: Parallel, short: bool) -> dict[str, Any]:
+    """Steps of train.py's own `train_step`, with the memory options that it would choose."""
+    device, tokens = parallel.device, 1024 if config.tiny else 65_536
+    shape = preset_config("tiny" if config.tiny else "llama3.2-3b", 295)
+    rng = np.random.default_rng(0)
+    packs = [short_documents(rng, tokens) if short else (tokens,) for _ in range(4)]
+    options, plan = train.memory_options_for(
+        train.TrainConfig(activations=config.activations), shape, tokens, 1, DTYPE.itemsize,
+        memory_there(device), device.type)
+    model, optimizer = sharded(shape, parallel, options)
+    if GPU:
+        model.compile_blocks()
+    batches = cycle([train.data.make_batch([sequence(lens)])] for lens in packs)
+    row = time_steps(lambda: train.train_step(model, optimizer, next(batches), 1e-5, parallel),
+                     2, config.steps)
+    flops = sum(llama.flops_per_step(shape, lens) for lens in packs) / len(packs) / row["seconds"]
+    return {"tokens": tokens, "plan": plan, **row, "tok_per_s": tokens / row["seconds"],
+            "mfu": flops / llama.device_peak_flops(device, DTYPE)}
+
+
+def draw_heads(config: GpuConfig, device: torch.device, tokens: int) -> list[Tensor]:
+    """q, k, v of one layer, and the gradient of what attention makes of them."""
+    shape = preset_config("tiny" if config.tiny else "llama3-8b", 295)
+    draw = {"device": device, "dtype": DTYPE, "requires_grad": True}
+    kv = shape.n_kv_heads
+    return [torch.randn(tokens, heads, shape.head_dim, **draw)
+            for heads in (shape.n_heads, kv, kv, shape.n_heads)]
+
+
+def attend(heads: list[Tensor], backend: str, doc_lens: Sequence[int]) -> list[Tensor]:
+    """One layer's attention: its output, and the gradients of q, k and v."""
+    *qkv, grad = heads
+    ends = torch.tensor([0, *np.cumsum(doc_lens)], dtype=torch.int32, device=grad.device)
+    out = llama.document_attention(*qkv, ends, max(doc_lens), backend)
+    return [out.detach(), *torch.autograd.grad(out, qkv, grad)]
+
+
+def attention(config: GpuConfig, parallel: Parallel) -> dict[str, Any]:
+    """Seconds, and TFLOP/s as `flops_per_step` counts them, of each kernel that runs here."""
+    tokens = 1024 if config.tiny else 65_536
+    heads = draw_heads(config, parallel.device, tokens)
+    short = short_documents(np.random.default_rng(0), tokens)
+
+    def measure(backend: str, lens: Sequence[int], kernel: Any = None) -> dict[str, Any]:
+        with sdpa_kernel(kernel) if kernel else nullcontext():
+            seconds = time_steps(lambda: attend(heads, backend, lens), 1, 3)["seconds"]
+        flops = 6 * heads[0][0].numel() * sum(n * n for n in lens)
+        return {"seconds": seconds, "tflops": flops / seconds / 1e12}
+
+    flash, cudnn = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
+    return {"one document": tried(lambda: measure("varlen", (tokens,))),
+            "one document, flash": tried(lambda: measure("varlen", (tokens,), flash)),
+            "one document, cuDNN": tried(lambda: measure("varlen", (tokens,), cudnn), GPU),
+            "short documents, varlen": tried(lambda: measure("varlen", short), GPU),
+            "short documents, sdpa": tried(lambda: measure("sdpa", short))}
+
+
+def check(config: GpuConfig, parallel: Parallel) -> dict[str, Any]:
+    """Each check's largest difference, or how it failed."""
+    found, limit = {}, 1e-2 if GPU else 1e-5
+
+    def compare(name: str, wanted: list[Tensor], measure: Callable[..., list[Tensor]], *case: Any,
+                runs: bool = GPU) -> None:
+        """The largest difference of two tensors, each in shares of the wanted one's norm."""
+        found[name] = tried(lambda: max(float((x - y).norm() / y.norm()) for x, y in zip(
+            measure(*case), wanted, strict=True)), runs)
+        if runs and not (isinstance(found[name], float) and found[name] <= limit):
+            found[name] = f"failed: {found[name]}, at most {limit}"
+        print(f"  {name}: {found[name]}", flush=True)
+
+    heads = draw_heads(config, parallel.device, 1024)
+    for backend, lens in (("varlen", SEVERAL), ("varlen", ONE), ("sdpa", SEVERAL), ("sdpa", ONE)):
+        compare(f"{backend}, documents: {len(lens)}", attend(heads, "reference", lens), attend,
+                heads, backend, lens, runs=GPU or backend == "sdpa" or lens == ONE)
+    shape = replace(preset_config("tiny" if config.tiny else "llama3.2-1b", 295), n_layers=2)
+    model, optimizer = sharded(shape, parallel, MemoryOptions())
+    several, one = ([train.data.make_batch([sequence(lens)])] for lens in (SEVERAL, ONE))
+
+    def gradients(*options: Any) -> list[Tensor]:
+        model.set_memory_options(MemoryOptions(*options))
+        ids, labels = (x.to(parallel.device) for x in several[0].shard(0, 1))
+        loss, valid = model.loss(ids, labels, SEVERAL, parallel)
+        (loss / valid).backward()
+        found = [loss.detach(), *(weight.grad.to_local() for weight in model.parameters())]
+        optimizer.zero_grad()
+        return found
+
+    none, limit = gradients(0), 3e-2 if GPU else 1e-5
+    for case in ((0, "keep"), (0, "attention"), (0, "recompute"), (0, "offload"), (0, "keep", 100),
+                 (100, "keep"), (100, "attention", 100)):
+        runs = GPU or "offload" not in case  # which train.py refuses on a CPU
+        compare(str(MemoryOptions(*case)), none, gradients, *case, runs=runs)
+    if GPU:
+        model.compile_blocks()
+    compare("compiled blocks", none, gradients, 0)
+    step = partial(train.train_step, model, optimizer, lr=1e-5, parallel=parallel)
+    found["waits inside a step"] = tried(partial(count_waits, step, (one, one, several)), GPU)
+    return found
+
+
+def count_waits(step: Callable[..., Any], batches: Sequence[Any]) -> int:
+    """0 if the last step waits for nothing until it reads the loss; raises where it waits."""
+    mode, read = torch.cuda.set_sync_debug_mode, Tensor.tolist
+    with patch.object(Tensor, "tolist", lambda x: mode("default") or read(x)):
+        for batch in batches:
+            mode("error" if batch is batches[-1] else "default")
+            step(batches=batch)
     return 0
 
 
-def attention_speeds(parallel: Parallel, tokens: int) -> dict[str, float]:
-    """Milliseconds of one Llama-3-8B attention, both ways: full, and over short documents."""
-    gpu = parallel.device.type == "cuda"
-    lens = short_documents(np.random.default_rng(0), tokens)
-    times = {}
-    for name, backend, doc_lens in (("full causal", "sdpa", (tokens,)), ("varlen", "varlen", lens),
-                                    ("sdpa, a call per length", "sdpa", lens)):
-        if backend == "varlen" and not gpu:
-            continue
-        q, k, v = (torch.randn(tokens, heads, 128, device=parallel.device,
-                               dtype=torch.bfloat16 if gpu else torch.float32, requires_grad=True)
-                   for heads in (32, 8, 8))
-        cu_seqlens = torch.tensor(
-            [0, *np.cumsum(doc_lens)], dtype=torch.int32, device=parallel.device
-        )
-        rounds = []
-        for _ in range(4):
-            begin = time.perf_counter()
-            BACKENDS[backend](q, k, v, cu_seqlens, max(doc_lens)).sum().backward()
-            if gpu:
-                torch.cuda.synchronize()
-            rounds.append(time.perf_counter() - begin)
-        times[name] = statistics.median(rounds[1:]) * 1e3
-    return times
+JOBS = {"check": check, "attention": attention, "3b-64k": partial(training, short=False),
+        "3b-short": partial(training, short=True)}
 
 
 def main() -> None:
     config = parse_cli(GpuConfig, __doc__)
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("no CUDA GPU here; --device cpu runs the same calls on a toy")
-    gpu, rng = config.device == "cuda", np.random.default_rng(0)
-    parallel = init_parallel()
-    jobs = ([("llama3.2-3b", [sequence((65_536,))]),
-             ("llama3.2-3b", [sequence(short_documents(rng, 65_536)) for _ in range(4)]),
-             ("llama3.2-1b", [sequence((524_288,))])] if gpu else
-            [("tiny", [sequence(short_documents(rng, 2048)) for _ in range(4)])])
-    result: dict[str, Any] = {
-        "command": "python experiments/gpu.py",
-        "device": str(parallel.device),
-        "name": torch.cuda.get_device_name() if gpu else "cpu",
-        "training": [],
-    }
-    for name, packs in jobs:
-        row = one_training(name, packs, parallel, config.steps)
-        result["training"].append(row)
-        print(json.dumps(row), flush=True)
-        if gpu:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-    result["attention_ms"] = attention_speeds(parallel, 65_536 if gpu else 2048)
-    result["waits_inside_a_step"] = waits_inside_a_step(parallel) if gpu else None
-    print(json.dumps({key: result[key] for key in ("attention_ms", "waits_inside_a_step")}))
-    if gpu:
-        (ROOT / "docs" / "figures" / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
-    dist.destroy_process_group()
+    jobs = {name: choose("job", name, JOBS) for name in config.jobs.split(",")}
+    if not (config.tiny or GPU):
+        raise ValueError("no CUDA GPU here; --tiny runs the same jobs on a toy")
+    if config.activations != "auto":
+        MemoryOptions(activations=config.activations)  # raises ValueError if it is unknown
+    out = Path(config.out or ROOT / ("runs" if config.tiny else "docs/figures") / "gpu.json")
+    parallel = llama.init_parallel()
+    run_jobs({name: partial(job, config, parallel) for name, job in jobs.items()}, out,
+             tiny=config.tiny)
 
 
 if __name__ == "__main__":
