@@ -27,7 +27,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from teaching.conformance.packs import Pack, Truth, Weights, load_packs, load_weights  # noqa: E402
+from teaching.conformance.packs import Pack, Truth, Weights, load_packs, load_weights
 
 Gradients = dict[str, Tensor]
 Adapter = Callable[[dict[str, Weights], list[Pack]],

@@ -4,8 +4,8 @@
 
 `run` is the way that its own collator and Trainer go: `position_ids` that restart, labels of -100
 where a document begins, and one count of labels for the whole step. The other functions each leave
-one of these out. transformers computes RoPE's angles and the softmax of the loss in float32, so even
-what is right differs in the eighth digit.
+one of these out. transformers computes RoPE's angles and the loss's softmax in float32, so even
+what is right differs in the seventh digit.
 """
 
 from __future__ import annotations

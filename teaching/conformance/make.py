@@ -7,6 +7,7 @@ the same machine gives the same bytes; on another one sums may round differently
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +19,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from teaching.conformance import reference  # noqa: E402
-from teaching.conformance.packs import KNOWN, Pack, Weights  # noqa: E402
+from teaching.conformance import reference
+from teaching.conformance.packs import KNOWN, Pack, Weights
 
 S, VOCAB, DIM, HEAD_DIM, FFN, LAYERS = 48, 41, 16, 4, 24, 2
 BEGIN, END, FIRST = 1, 2, 3  # begin of text, end of text, the first other token
@@ -141,7 +142,7 @@ def truth_of(pack: Pack, weights: Weights) -> tuple[dict[str, Any], dict[str, Te
     loss, gradients = reference.step(weights, pieces)
     norms = {name: g.norm().item() for name, g in gradients.items()}
     valid = sum(target is not None for piece in pieces for target in piece.targets)
-    return {"valid_tokens": valid, "loss": loss, "grad_norm": float(np.linalg.norm([*norms.values()])),
+    return {"valid_tokens": valid, "loss": loss, "grad_norm": math.hypot(*norms.values()),
             "grad_norms": norms}, gradients
 
 

@@ -1,14 +1,13 @@
 """Public mistakes, made on purpose with the reference: each must fail on the packs that name it.
 
-Most are a wrong way to cut a pack into pieces, or to weigh its tokens. `ADAPTERS[name]` is an
-adapter like any other.
+Most are a wrong way to cut a pack into pieces, or to weigh its tokens.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import accumulate
+from itertools import accumulate, chain, pairwise
 
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from teaching.conformance import reference
 from teaching.conformance.packs import Pack, Weights
 from teaching.conformance.reference import Piece
 
-RANKS, END = 2, 2  # ranks that share each row; the id of end of text
+RANKS, END, S = 2, 2, 48  # ranks that share each row; the id of end of text; tokens of a row
 Wrong = Callable[[Pack], list[Piece]]
 
 
@@ -32,14 +31,14 @@ def rows_of(pack: Pack) -> list[list[Piece]]:
 
 def joined(row: list[Piece]) -> Piece:
     """All documents of a row as one; targets and positions stay."""
-    return Piece(*(sum(parts, []) for parts in zip(*row, strict=True)))
+    return Piece(*(list(chain(*parts)) for parts in zip(*row, strict=True)))
 
 
 def cut(row: list[Piece], starts: list[int], restart: bool = False) -> list[Piece]:
     """The row cut at other places: a token sees what the cuts leave; its target stays."""
     whole = joined(row)
     edges = [*starts, len(whole.ids)]
-    pieces = [Piece(*(part[a:b] for part in whole)) for a, b in zip(edges, edges[1:], strict=False)]
+    pieces = [Piece(*(part[a:b] for part in whole)) for a, b in pairwise(edges)]
     return [p._replace(positions=list(range(len(p.ids)))) if restart else p for p in pieces]
 
 
@@ -48,7 +47,8 @@ def starts_of(row: list[Piece]) -> list[int]:
 
 
 def rank_edges(row: list[Piece]) -> list[int]:
-    return list(range(0, sum(len(p.ids) for p in row), sum(len(p.ids) for p in row) // RANKS))
+    length = sum(len(piece.ids) for piece in row)
+    return list(range(0, length, length // RANKS))
 
 
 # --- 1. Who sees whom -------------------------------------------------------------------
@@ -75,6 +75,12 @@ def positions_of_ranks(pack: Pack) -> list[Piece]:
             positions = [(start + i) % share for i in range(len(piece.ids))]
             pieces.append(piece._replace(positions=positions))
     return pieces
+
+
+def positions_run_on(pack: Pack) -> list[Piece]:
+    """Positions of the row instead of the document. No mistake: RoPE sees distances alone."""
+    return [piece._replace(positions=[start + i for i in range(len(piece.ids))])
+            for row in rows_of(pack) for start, piece in zip(starts_of(row), row, strict=True)]
 
 
 def cut_at_end_tokens(pack: Pack) -> list[Piece]:
@@ -109,7 +115,7 @@ def retrained(pack: Pack, rule: Callable[[int, int, int, bool], bool]) -> list[P
                            for i in range(start, last + 1)])
     count = sum(target is not None for targets in wanted for target in targets)
     return [piece._replace(targets=targets, shares=[divide(1, count)] * len(targets))
-            for piece, targets in zip(sum(rows, []), wanted, strict=True)]
+            for piece, targets in zip(chain(*rows), wanted, strict=True)]
 
 
 def mask_on_inputs(pack: Pack) -> list[Piece]:
@@ -120,7 +126,7 @@ def mask_on_inputs(pack: Pack) -> list[Piece]:
 def labels_across(pack: Pack) -> list[Piece]:
     """A document's last token predicts the next document's first, if that one is trained."""
     mask = pack.loss_mask.tolist()
-    return retrained(pack, lambda r, i, last, trained: trained or i == last and mask[r][i + 1])
+    return retrained(pack, lambda r, i, last, trained: trained or (i == last and mask[r][i + 1]))
 
 
 def padding_trained(pack: Pack) -> list[Piece]:
@@ -167,6 +173,7 @@ def documents(row: list[Piece]) -> list[list[int]]:
 MISTAKES: dict[str, tuple[Wrong, tuple[str, ...]]] = {  # and the packs that must catch each
     "no exchange": (no_exchange, ("straddle", "short_straddle", "fewer_kv_heads")),
     "no exchange if short": (no_exchange_if_short, ("short_straddle",)),
+    "positions run on": (positions_run_on, ()),
     "positions of ranks": (positions_of_ranks, ("straddle",)),
     "cut at end tokens": (cut_at_end_tokens, ("end_inside", "no_end")),
     "cut where positions fall": (cut_where_positions_fall, ("ones",)),
@@ -174,9 +181,9 @@ MISTAKES: dict[str, tuple[Wrong, tuple[str, ...]]] = {  # and the packs that mus
     "labels across": (labels_across, ("sft_border",)),
     "padding trained": (padding_trained, ("padding",)),
     "ends not trained": (ends_not_trained, ("padding",)),
-    "mean of micro-batches": (lambda p: mean_of_means(p, spans(48)),
+    "mean of micro-batches": (lambda p: mean_of_means(p, spans(S)),
                               ("unequal_counts", "empty_micro_batch", "nothing_trains")),
-    "mean of ranks": (lambda p: mean_of_means(p, spans(48 // RANKS), 0.0), ("idle_ranks",)),
+    "mean of ranks": (lambda p: mean_of_means(p, spans(S // RANKS), 0.0), ("idle_ranks",)),
     "mean of documents": (lambda p: mean_of_means(p, documents, 0.0), ("masked_document",)),
     "mean of chunks": (lambda p: mean_of_means(p, spans(p.chunk_tokens)), ("empty_chunk",)),
 }

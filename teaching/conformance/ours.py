@@ -22,11 +22,11 @@ from torch.optim import Optimizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import model as llama  # noqa: E402
-import train  # noqa: E402
-from data import PackedSequence, make_batch  # noqa: E402
-from model import MemoryOptions, ModelConfig, Parallel, Transformer  # noqa: E402
-from teaching.conformance.packs import Pack, Weights, load_packs, load_weights  # noqa: E402
+import model as llama
+import train
+from data import PackedSequence, make_batch
+from model import MemoryOptions, ModelConfig, Parallel, Transformer
+from teaching.conformance.packs import Pack, Weights, load_packs, load_weights
 
 
 class Catcher:
