@@ -201,3 +201,11 @@ def wrong_step(name: str, weights: Weights, pack: Pack) -> tuple[float, dict[str
 
 CAUGHT_BY = {name: caught_by for name, (_, caught_by) in MISTAKES.items()}
 CAUGHT_BY["K and V averaged"] = ("fewer_kv_heads",)
+
+
+def run(name: str, weights: dict[str, Weights],
+        packs: list[Pack]) -> tuple[dict[str, float], dict[str, dict[str, Tensor]]]:
+    """An adapter that makes the mistake."""
+    steps = {pack.name: wrong_step(name, weights[pack.weights], pack) for pack in packs}
+    return ({pack: loss for pack, (loss, _) in steps.items()},
+            {pack: gradients for pack, (_, gradients) in steps.items()})
