@@ -71,9 +71,11 @@ def test_what_is_missing_is_no_success():
 
 
 def test_transformers_fails_where_the_table_says():
-    pytest.importorskip("transformers")
+    """Its best way in any version, the others in the table's."""
+    transformers = pytest.importorskip("transformers")
     from teaching.conformance import hf
     page = (KNOWN.parent / "README.md").read_text()
-    for way, adapter in hf.WAYS.items():
+    same = f"transformers {transformers.__version__}" in page
+    for way, adapter in hf.WAYS.items() if same else [("run", hf.run)]:
         failed = [row.pack for row in check.check(adapter, 1e-6) if row.verdict != "ok"]
         assert f"| `{way}` | {', '.join(failed)} |" in page

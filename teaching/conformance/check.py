@@ -53,6 +53,7 @@ def load_adapter(spec: str) -> Adapter:
     if not path.is_file() or found is None or found.loader is None:
         raise SystemExit(f"{file} is not a Python file; write --adapter FILE.py:FUNCTION")
     module = importlib.util.module_from_spec(found)
+    sys.modules[found.name] = module  # dataclasses look their module up
     found.loader.exec_module(module)
     if not hasattr(module, function or "run"):
         raise SystemExit(f"{file} has no function {function or 'run'}(weights, packs)")

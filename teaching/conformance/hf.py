@@ -24,7 +24,7 @@ IGNORED = -100
 
 def make_model(weights: Weights, attention: str) -> LlamaForCausalLM:
     """A LlamaForCausalLM in float64 with the pack's weights."""
-    config = LlamaConfig(**weights.config, attn_implementation=attention)
+    config = LlamaConfig.from_dict(dict(weights.config), attn_implementation=attention)
     model = LlamaForCausalLM(config).to(torch.float64)
     model.load_state_dict(weights.tensors)
     return model.train()
