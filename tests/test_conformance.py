@@ -38,14 +38,14 @@ def test_files_are_small_and_made_by_make():
 def test_gradients_are_finite_differences(name):
     """Along a random direction of each parameter, by a central difference."""
     weights, gradients = WEIGHTS[BY_NAME[name].weights], TRUTHS[name].gradients
-    pieces, rng, h = reference.pieces_of(BY_NAME[name]), np.random.default_rng(0), 1e-5
+    pieces, rng, h = reference.pieces_of(BY_NAME[name]), np.random.default_rng(0), 1e-6
     assert gradients.keys() == weights.tensors.keys()
     for key, gradient in gradients.items():
         way = torch.from_numpy(rng.normal(size=tuple(gradient.shape)))
         moved = [{**weights.tensors, key: weights.tensors[key] + x * way} for x in (h, -h)]
         with torch.no_grad():
             ahead, behind = (reference.loss_of(t, weights.config, pieces).item() for t in moved)
-        assert (ahead - behind) / (2 * h) == pytest.approx((gradient * way).sum().item(), abs=1e-7)
+        assert (ahead - behind) / (2 * h) == pytest.approx((gradient * way).sum().item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("adapter", [ours.run, ours.over_two_ranks])
@@ -71,11 +71,11 @@ def test_what_is_missing_is_no_success():
 
 
 def test_transformers_fails_where_the_table_says():
-    """Its best way in any version, the others in the table's."""
+    """Its best way in any version; the others as often as the table says, in the table's version."""
     transformers = pytest.importorskip("transformers")
     from teaching.conformance import hf
     page = (KNOWN.parent / "README.md").read_text()
     same = f"transformers {transformers.__version__}" in page
     for way, adapter in hf.WAYS.items() if same else [("run", hf.run)]:
-        failed = [row.pack for row in check.check(adapter, 1e-6) if row.verdict != "ok"]
-        assert f"| `{way}` | {', '.join(failed)} |" in page
+        agree = sum(row.verdict == "ok" for row in check.check(adapter, 5e-6))
+        assert f"| `{way}` | {agree} of 14 |" in page

@@ -46,7 +46,7 @@ ODD = [5, 7, 13, 9, 11, 3]
 PLANS = {  # with 2 ranks shares end at 24, with 4 at 12, 24, 36
     "straddle": Plan("attention or positions that begin anew on each rank", [[7, 29, 12]]),
     "short_straddle": Plan("no exchange between ranks because every document is shorter than a "
-                           "rank's share", [[5] * 9 + [3]]),
+                           "rank's share", [[7] * 6 + [6]]),
     "end_inside": Plan("documents and positions that restart at an end token instead of at a "
                        "document's end", [[30, 18]], inside=(11, 20, 40)),
     "no_end": Plan("documents without an end token that run into each other",
