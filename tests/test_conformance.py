@@ -71,7 +71,7 @@ def test_what_is_missing_is_no_success():
 
 
 def test_transformers_fails_where_the_table_says():
-    """Its best way in any version; the others as often as the table says, in the table's version."""
+    """Its best way in any version; in the table's version the others as often as it says."""
     transformers = pytest.importorskip("transformers")
     from teaching.conformance import hf
     page = (KNOWN.parent / "README.md").read_text()

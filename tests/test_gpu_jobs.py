@@ -1,4 +1,4 @@
-"""experiments/gpu.py and simulate_ranks.py end to end on a toy: where there is no GPU, no number."""
+"""experiments/gpu.py and simulate_ranks.py end to end on a toy: no number without a GPU."""
 
 import json
 import subprocess
