@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
-JOBS = ["check", "attention", "3b-64k", "3b-short"]
+JOBS, WAYS = ["check", "attention", "3b-64k", "3b-short"], ["recompute", "attention"]
 
 
 def run(script, *arguments):
@@ -29,11 +29,10 @@ def test_all_jobs_run_on_a_toy(tmp_path):
 
 
 def test_each_way_to_keep_activations_is_a_case(tmp_path):
-    out = tmp_path / "ranks.json"
     done = run("simulate_ranks", "--tiny", "--seq", "64k", "--seq-parallel-size", 1, "--steps", 1,
-               "--activations", "recompute,attention", "--out", out)
+               "--activations", ",".join(WAYS), "--out", tmp_path / "ranks.json")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert list(json.loads(out.read_text())["jobs"]) == ["recompute", "attention"]
+    assert list(json.loads((tmp_path / "ranks.json").read_text())["jobs"]) == WAYS
 
 
 def test_an_unknown_job_is_one_line():
