@@ -1,7 +1,7 @@
 """Make `pretrained/`: the tiny model after each stage and after fine-tuning, to try at once.
 
     python train.py
-    python sft.py --init runs/tiny
+    python sft.py --init runs/tiny --steps 100
     python experiments/pretrained.py runs/tiny runs/sft
 
 Weights are rounded to bfloat16 (290 KB a model). We evaluate the rounded models; their scores go to
@@ -62,8 +62,8 @@ def main() -> None:
         scores[name] = score(out)
     lines = ["# The tiny model after each stage", "",
              "Made by `experiments/pretrained.py` from a run of `python train.py` and one of",
-             f"`python sft.py --init runs/tiny` ({date.today()}). Share of {SAMPLES} questions "
-             "answered;", "the weights are in bfloat16.", "",
+             f"`python sft.py --init runs/tiny --steps 100` ({date.today()}). Share of {SAMPLES}",
+             "questions answered; the weights are in bfloat16.", "",
              "| | " + " | ".join(scores) + " |", "|---|" + "---|" * len(scores)]
     for key in next(iter(scores.values())):
         cells = [f"{scores[name][key]:.3f}" for name in scores]
