@@ -487,7 +487,7 @@ def test_bad_input_ends_in_one_line_and_code_2(tmp_path, monkeypatch, capsys, ar
 
 def test_a_conversation_goes_on_and_ctrl_c_stops_the_answer_alone(tmp_path):
     """SIGINT during an answer ends that answer; the end of the input leaves."""
-    model_module.save_pretrained(random_model(), tmp_path / "init")
+    model_module.save_pretrained(random_model(1), tmp_path / "init")
     command = [sys.executable, "sft.py", "--chat", str(tmp_path / "init"),
                "--max-new-tokens", "100000"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT,
