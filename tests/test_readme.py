@@ -75,7 +75,7 @@ SMALLER = {  # what makes a command of "Use it" short; all else stays as it is w
     "train.py --steps 20": "train.py --steps 2 --no-eval",
     "--data packs/64k": "--data packs/64k --mix code_repos-64k=1 --seq 64k "
                         "--batch-tokens 4k --steps 1 --no-eval",
-    "--tasks text --lengths 8k,32k,64k": "--tasks json_kv,needle,rerank --lengths 2k --samples 2",
+    "--tasks text --lengths 8k,32k,64k": "--tasks json_kv,needle,rerank --lengths 3k --samples 2",
     "sft.py --init runs/tiny": "sft.py --init runs/tiny --steps 2 --no-eval",
     "code_repos-64k": "code_repos-2k", "--seq 64k": "--seq 2k", "ultra-60": "ultra-2",
     "DIR": "exported"}
