@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -28,6 +29,7 @@ def test_all_jobs_run_on_a_toy(tmp_path):
         assert torch.cuda.is_available() or found[job]["peak_gib"] == "not run here"
 
 
+@pytest.mark.slow
 def test_each_way_to_keep_activations_is_a_case(tmp_path):
     done = run("simulate_ranks", "--tiny", "--seq", "64k", "--seq-parallel-size", 1, "--steps", 1,
                "--activations", ",".join(WAYS), "--out", tmp_path / "ranks.json")
