@@ -1,7 +1,7 @@
 """Hold a trainer against the packs.
 
     python teaching/conformance/check.py --adapter teaching/conformance/ours.py
-    python teaching/conformance/check.py --adapter mine.py:other_function --tolerance 1e-6
+    python teaching/conformance/check.py --adapter mine.py:other_function --tolerance 5e-6
 
 An adapter is a Python file with a function `run(weights, packs) -> (losses, gradients)`:
 
