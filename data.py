@@ -281,7 +281,7 @@ class PackedDataset:
         """Read all of it. Raise ValueError if a byte is not as it was packed."""
         if (files.sha256_of(self.folder, "*.bin") != self.meta["sha256"]
                 or self.input_ids.max() != self.meta["max_id"]):
-            raise ValueError(f"{self.folder} is not as it was packed: sha256 differs; pack again")
+            raise ValueError(f"{self.folder} is not as it was packed; pack it again")
         if not self.trained_share:
             raise ValueError(f"{self.folder} has no token that is trained on; leave it out")
 

@@ -16,8 +16,8 @@ Lengths count the model's own tokens. All code in contexts is code that training
     python eval.py --model DIR --tasks text --lengths 8k,32k --samples 100
     python eval.py --compare runs/a/eval/long-700.json,runs/b/eval/long-700.json
 
-Text tasks follow HELMET (2410.02694) and RULER (2404.06654) in words of our own: they compare
-models, but not with their tables.
+Text tasks follow HELMET (2410.02694) and RULER (2404.06654) in words of our own: their scores
+compare models, but not with the tables in those papers.
 
 Sources: sections 2.1-2.3, A.1, Table 13.
 """
@@ -68,7 +68,7 @@ class Example:
     context_ids: np.ndarray
     questions: tuple[Question, ...]
     budget: int
-    one_line: bool = False  # each answer
+    one_line: bool = False  # an answer ends with its line
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def icl_examples(tokenizer: Tokenizer, length: int, n: int, questions: int,
 
 def text_task(name: str, draw: Callable[..., tasks.TextExample], rule: scores.Rule, category: str,
               **options: Any) -> Task:
-    """A task that `draw` draws with options."""
+    """A task that `draw` draws with these options."""
     draw = partial(draw, **options)
 
     def examples(tokenizer: Tokenizer, length: int, n: int, questions: int,
@@ -226,7 +226,7 @@ def answer_questions(model: Transformer, tokenizer: Tokenizer, example: Example,
                      parallel: Parallel | None = None) -> list[str]:
     """What the model writes for each question.
 
-    It reads the context once. Each question continues from its KV cache, then cut back.
+    The model reads the context once. Each question continues from its KV cache, then cut back.
 
     With `exact` we feed the right answer, and take the most likely token at each position. If all
     match, greedy decoding writes just this answer.
@@ -304,7 +304,7 @@ def bits_per_byte(model: Transformer, tokenizer: Tokenizer, length: int, n: int,
                   parallel: Parallel | None = None) -> list[dict[str, Any]]:
     """Bits per byte of held-out code: how well a model predicts after so much context.
 
-    Bytes, because tokenizers cut a text into more or fewer tokens. We sum the loss of `n`
+    Bytes, because tokenizers cut one text into different numbers of tokens. We sum the loss of `n`
     documents (1,024 at most) over positions 0-256, 256-512, ... and the last quarter. "short" are
     documents of 256 tokens. Source: Figure 1: this number may improve while abilities do not.
     """

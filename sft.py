@@ -162,9 +162,9 @@ def builtin_conversations(tokenizer: Tokenizer, seed: int, kinds: Sequence[str],
         kind = kinds[rng.choice(len(kinds), p=shares / shares.sum())]
         if kind in ("value", "label"):
             window = partial(data.haystack_windows, tokenizer, rng, 1, seed=0, held_out=held_out)
-            turns = ask_about_context(kind, rng, tokenizer.encode, window, max_context)
+            turns = list(ask_about_context(kind, rng, tokenizer.encode, window, max_context))
         else:
-            turns = iter(installed.ask_about_name(kind, rng, held_out))
+            turns = installed.ask_about_name(kind, rng, held_out)
         messages = []
         for question, answer in turns:
             messages.append({"role": "user", "content": question})
@@ -238,14 +238,16 @@ def stage_of(config: SftConfig, context: int) -> Stage:
 
 def conversations_of(source: str, tokenizer: Tokenizer, config: SftConfig, seq_len: int,
                      left_out: list[str]) -> Iterator[Document]:
-    """Those built in, or those of a file or a data set (hub:NAME:SPLIT)."""
+    """The built-in conversations, or those of a file or a data set (hub:NAME:SPLIT)."""
     encode = partial(encode_chat, tokenizer, template=config.template)
     if source == "builtin":
         kinds, most = question_kinds(tokenizer), min(1024, seq_len // 2)
         return map(encode, builtin_conversations(tokenizer, config.seed, kinds, most))
-    name, _, split = source.removeprefix("hub:").partition(":")
-    local = not source.startswith("hub:")
-    rows = read_rows(source) if local else read_rows(name, "hub", split=split or "train")
+    if source.startswith("hub:"):
+        name, _, split = source[4:].partition(":")
+        rows = read_rows(name, "hub", split=split or "train")
+    else:
+        rows = read_rows(source)
     return read_chats(rows, config.on_bad, left_out, encode, seq_len)
 
 

@@ -618,7 +618,7 @@ def set_memory_and_announce(run: Run, stage: Stage, layout: StepLayout, mixture:
         run.config, model.config, micro // parallel.sp_size, parallel.world_size,
         run.dtype.itemsize, memory_there(parallel.device), parallel.device.type)
     model.set_memory_options(options)
-    flops = layout.sequences * sum(
+    flops = layout.sequences * sum(  # of each domain's first sequence, by its share
         share * llama.flops_per_step(model.config, mixture.datasets[name][0].doc_lens)
         for name, share in mixture.shares.items())
     peak = parallel.world_size * llama.device_peak_flops(parallel.device, run.dtype)
@@ -710,8 +710,8 @@ def start_run(config: RunConfig, default_out: str, model: Transformer, tokenizer
 
     folder = runs.make_run_folder(config, default_out, parallel)
     seen = state["tokens_seen"] if config.resume and state else 0
-    log = runs.Log(folder, parallel.main, seen)
     with runs.alone_in(folder, parallel.main), runs.stop_on_signals(folder) as stop:
+        log = runs.Log(folder, parallel.main, seen)
         run = Run(config, folder, parallel, tokenizer, model, optimizer, dtype, log, stop, seen)
         run.print0(f"run folder: {folder}; torch {torch.__version__}; {parallel.device}\n"
                    f"compute in {str(dtype)[6:]} ({why}), attention by {model.backend}")

@@ -16,8 +16,9 @@ from support.cli import choose
 Message = dict[str, Any]
 ROLES = {"system": "system", "user": "user", "assistant": "assistant",
          "human": "user", "gpt": "assistant"}  # the last two are ShareGPT's names
+FOLLOW_UPS = 8  # questions about one context, at most
 FLAGS = {None: True, 1: True, 0: False}  # of an answer: is it trained?
-UNKNOWN = ("tools", "functions", "tool_calls", "function_call", "reasoning_content")
+UNSUPPORTED = ("tools", "functions", "tool_calls", "function_call", "reasoning_content")
 
 
 def read_chats(rows: Iterable[tuple[str, Any]], on_bad: str, left_out: list[str],
@@ -58,8 +59,10 @@ def to_messages(row: dict[str, Any] | ValueError) -> list[Message]:
     if row.get("messages") is not None:
         key, role, text = ("messages", "role", "content")
     try:
-        turns = [{role: "system", text: row.get("system")}] * bool(row.get("system")) + row[key]
-        for name in UNKNOWN:
+        turns = list(row[key])
+        if row.get("system"):  # beside the turns, as some files have it
+            turns.insert(0, {role: "system", text: row["system"]})
+        for name in UNSUPPORTED:
             if any(part.get(name) for part in (row, *turns)):
                 raise ValueError(f"has {name!r}, which no template here writes; take it out")
         messages = [{"role": ROLES[turn[role]], "content": turn[text],
@@ -83,10 +86,10 @@ def ask_about_context(kind: str, rng: np.random.Generator, encode: Callable[[str
         pairs = toy.recall_pairs(rng, 1, int(rng.integers(2, toy.N_PAIRS + 1)))
         length = int(16 * (max_context / 16) ** rng.random())  # 16 to 32 as often as 512 to 1,024
         context = toy.scatter_pairs(rng, pairs, window(length))[0][0]
-        answers = np.insert(rng.permutation(pairs[0])[:8], 0, toy.QUESTION, axis=1)
+        answers = np.insert(rng.permutation(pairs[0])[:FOLLOW_UPS], 0, toy.QUESTION, axis=1)
     else:
-        lines = toy.icl_lines(rng, 1, int(rng.integers(12, 60)) + 8)[0]
-        context, answers = lines[:-8].reshape(-1), lines[-8:]
+        lines = toy.icl_lines(rng, 1, int(rng.integers(12, 60)) + FOLLOW_UPS)[0]
+        context, answers = lines[:-FOLLOW_UPS].reshape(-1), lines[-FOLLOW_UPS:]
     begin = np.append(context, encode(f"\n\nThe {kind} of "))
     for answer in answers:  # a mark, the symbol that is asked about, and what belongs to it
         yield np.concatenate((begin, answer[1:2], encode("?"))), answer

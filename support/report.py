@@ -138,13 +138,13 @@ def format_losses(entries: Sequence[Entry]) -> str:
 
 
 def by_domain(sequences: Sequence[Any],
-              sums: Sequence[tuple[float, float]]) -> dict[str, tuple[float, float]]:
+              sums: Sequence[tuple[float, float]]) -> dict[str, tuple[float, int]]:
     """Add up each domain's loss and trained tokens: the sequence "short[3]" is of domain short."""
-    domains: dict[str, tuple[float, float]] = {}
+    domains: dict[str, tuple[float, int]] = {}
     for sequence, (loss_sum, n) in zip(sequences, sums, strict=True):
         name = sequence.source.rpartition("[")[0]
-        loss_before, n_before = domains.get(name, (0.0, 0.0))
-        domains[name] = loss_before + loss_sum, n_before + n
+        loss_before, n_before = domains.get(name, (0.0, 0))
+        domains[name] = loss_before + loss_sum, n_before + int(n)
     return domains
 
 

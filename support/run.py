@@ -5,6 +5,7 @@
     checkpoints/long-700/         a Hugging Face folder: config.json, model.safetensors, ...
         optimizer/                Adam's moments: safetensors, a file from each rank
         state.json                stage, step, tokens, how far the data was read, file sizes
+    lock                          empty, and held by the process that trains
 """
 
 from __future__ import annotations
@@ -205,11 +206,13 @@ def fail_together(parallel: Any, what: str) -> Iterator[None]:
 
 @contextmanager
 def alone_in(folder: Path, main: bool) -> Iterator[None]:
-    """Raise ValueError if another process trains in the folder."""
-    with open(folder / "lock" if main else os.devnull, "w") as file:
+    """Raise ValueError on the main rank if another process trains in the folder."""
+    if not main:
+        yield
+        return
+    with open(folder / "lock", "w") as file:
         try:
-            if main:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"another process trains in {folder}; wait for it") from None
         yield
@@ -220,6 +223,7 @@ def stop_on_signals(folder: Path) -> Iterator[SimpleNamespace]:
     """SIGTERM, SIGUSR1 or SIGHUP, as a cluster sends before it takes the machine, and Ctrl-C.
 
     While the run is `busy`, it ends after the step and a checkpoint. A second Ctrl-C waits no more.
+    What the shell has us ignore stays ignored, as SIGHUP under nohup and SIGINT behind `&`.
     """
     request = SimpleNamespace(asked=False, busy=False)
 
@@ -231,7 +235,8 @@ def stop_on_signals(folder: Path) -> Iterator[SimpleNamespace]:
             raise Stopped
         warn("ends after this step, and saves; Ctrl-C ends it at once")
 
-    before = {number: signal.signal(number, on_signal) for number in SIGNALS}
+    before = {number: signal.signal(number, on_signal) for number in SIGNALS
+              if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield request
     except (Stopped, KeyboardInterrupt) as error:

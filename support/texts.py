@@ -16,7 +16,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -151,22 +151,27 @@ def _decode(content: bytes) -> dict[str, Any] | ValueError:
 
 
 def _repository_rows(root: Path, all_files: list[Path], seed: int) -> Iterator[Row]:
-    """A row for each folder in `root`: its text files in a seeded order, cut at MAX_CHARS."""
+    """A row for each folder in `root`: its text files in a seeded order."""
     for name, group in itertools.groupby(all_files, lambda file: file.relative_to(root).parts[0]):
-        folder, files = root / name, [file for file in group if file.parent != root]
-        parts, length = list[str](), 0
+        files = [file for file in group if file.parent != root]
         order = generator(seed, name).permutation(len(files))
-        for file in (files[i] for i in order if files[i].stat().st_size <= MAX_CHARS):
-            row = _decode(file.read_bytes())
-            if isinstance(row, ValueError) or not row["text"].strip():
-                continue
-            length += len(row["text"]) + 1
-            if parts and length > MAX_CHARS:
-                yield str(folder), {"text": "\n".join(parts)}
-                parts, length = [], len(row["text"]) + 1
-            parts.append(row["text"])
-        if parts:
-            yield str(folder), {"text": "\n".join(parts)}
+        rows = (_decode(files[i].read_bytes()) for i in order
+                if files[i].stat().st_size <= MAX_CHARS)
+        yield from _joined(str(root / name), "text", (
+            row["text"] for row in rows if isinstance(row, dict) and row["text"].strip()))
+
+
+def _joined(place: str, column: str, texts: Iterable[str]) -> Iterator[Row]:
+    """The texts one after another, in rows of at most MAX_CHARS."""
+    parts, length = list[str](), 0
+    for text in texts:
+        length += len(text) + 1
+        if parts and length > MAX_CHARS:
+            yield place, {column: "\n".join(parts)}
+            parts, length = [], len(text) + 1
+        parts.append(text)
+    if parts:
+        yield place, {column: "\n".join(parts)}
 
 
 # --- 2. Tokenized documents -----------------------------------------------------------------------
@@ -209,7 +214,9 @@ def text_of(row: dict[str, Any] | ValueError, column: str) -> str:
 
 def select_rows(rows: Iterator[Row], where: str) -> Iterator[Row]:
     """Rows in which a column, or a field in one, is what `where` says; and damaged ones."""
-    path, _, wanted = where.partition("=")
+    path, equals, wanted = where.partition("=")
+    if not path or not equals:
+        raise ValueError(f"--where {where!r} is not COLUMN=VALUE; write for example meta.set=Book")
     for place, row in rows:
         value: Any = row
         for key in path.split("."):
@@ -220,15 +227,23 @@ def select_rows(rows: Iterator[Row], where: str) -> Iterator[Row]:
 
 def join_rows(rows: Iterator[Row], config: TokenizeConfig) -> Iterator[Row]:
     """One row of those that follow each other with the same repository, its files in any order."""
-    for name, group in itertools.groupby(rows, lambda each: str(each[1].get(config.group_by))
-                                         if isinstance(each[1], dict) else each[0]):
-        places, found = zip(*group, strict=True)
-        if isinstance(found[0], ValueError):
-            yield places[0], found[0]
-            continue
-        order = generator(config.seed, name).permutation(len(found))
-        parts = [found[i].get(config.text_column) for i in order]
-        yield places[0], {config.text_column: "\n".join(p for p in parts if isinstance(p, str))}
+    def name_of(each: Row) -> str:
+        place, row = each
+        name = row.get(config.group_by) if isinstance(row, dict) else None
+        return place if name is None else str(name)  # alone, if it has none
+
+    for name, group in itertools.groupby(rows, name_of):
+        (place, first), *others = group
+        if isinstance(first, ValueError):
+            yield place, first
+        elif first.get(config.group_by) is None:
+            yield place, ValueError(f"has no {config.group_by!r} to join by")
+        else:
+            found = [first, *(row for _, row in others)]
+            order = generator(config.seed, name).permutation(len(found))
+            texts = (found[i].get(config.text_column) for i in order)
+            yield from _joined(place, config.text_column,
+                               (text for text in texts if isinstance(text, str)))
 
 
 def encode_all(rows: Iterator[Row], tokenizer: Any, config: TokenizeConfig) -> Iterator[Ids]:

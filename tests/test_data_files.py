@@ -102,7 +102,7 @@ def test_a_parquet_file_is_read_as_it_lies_there(tmp_path, monkeypatch):
         texts_of(path)
 
 
-def test_rows_are_chosen_joined_and_read_as_conversations(tmp_path):
+def test_rows_are_chosen_joined_and_read_as_conversations(tmp_path, monkeypatch):
     """`--where` looks into columns, `--group-by` joins neighbours, messages are plain text."""
     rows = [{"repo": repo, "text": text, "meta": {"set": kind}, "messages": turns}
             for repo, text, kind, turns in (("a", "1", "Book", [{"role": "user", "content": "Hi"}]),
@@ -117,6 +117,14 @@ def test_rows_are_chosen_joined_and_read_as_conversations(tmp_path):
     *joined, last = texts.join_rows(iter(found), texts.TokenizeConfig(group_by="repo"))
     assert [sorted(row["text"].split("\n")) for _, row in joined] == [["1", "2"], ["3", "4"], ["5"]]
     assert isinstance(last[1], ValueError)
+    *missing, _ = texts.join_rows(iter(found), texts.TokenizeConfig(group_by="repository"))
+    assert [str(row) for _, row in missing] == ["has no 'repository' to join by"] * 5
+    with pytest.raises(ValueError, match="--where 'Book' is not COLUMN=VALUE"):
+        list(texts.select_rows(iter(found), "Book"))
+    monkeypatch.setattr(texts, "MAX_CHARS", 2)  # of a repository that is too large for one row
+    *cut, _ = texts.join_rows(iter(found), texts.TokenizeConfig(group_by="repo"))
+    assert sorted(row["text"] for _, row in cut) == ["1", "2", "3", "4", "5"]
+    monkeypatch.undo()
     assert texts.text_of(rows[0], "messages") == "user: Hi"
     for row in rows[1:]:
         with pytest.raises(ValueError, match="has no"):

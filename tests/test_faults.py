@@ -41,14 +41,16 @@ def small_and_clean(monkeypatch):
     """Two small stages; no process group and no signal handler stays behind."""
     stages = [stage("base", 256, 1e4), stage("long", 512, 8e4)]
     monkeypatch.setitem(train.RECIPES, "tiny", stages)
-    # As in a terminal: a shell that started the tests in the background had SIGINT ignored.
-    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
+    # As in a terminal: a shell may have started the tests with some of these ignored.
+    outside = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     before = [signal.getsignal(number) for number in SIGNALS]
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
     assert [signal.getsignal(number) for number in SIGNALS] == before
-    signal.signal(signal.SIGINT, interrupt)
+    for number, handler in outside.items():
+        signal.signal(number, handler)
 
 
 def run(folder: Path, **options) -> Path:
@@ -238,6 +240,16 @@ def test_a_damaged_line_of_the_log_is_left_out(tmp_path, finished, capsys):
     assert [entry["step"] for entry in read_log(copy)] == [1, 4, 5, 6, 7, 8]
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_what_the_shell_ignores_stays_ignored(tmp_path, during, number):
+    """nohup and `&` in a script: such a run trains to its end, whatever becomes of the terminal."""
+    signal.signal(number, signal.SIG_IGN)
+    during(3, lambda: os.kill(os.getpid(), number))
+    run(tmp_path / "run")
+    assert names(tmp_path / "run") == [f"base-{STEPS}"]
+    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_machine_that_is_wanted_back(tmp_path, during, finished, capsys, number):
     """The step is finished and saved, the exit code is 0, and the resumed run is undisturbed."""
@@ -280,8 +292,11 @@ def test_moved_packs_are_the_same_packs(tmp_path, finished):
 def test_two_processes_do_not_train_in_one_folder(tmp_path, finished):
     """The second one is refused while the first one runs, and not after it."""
     copy = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(copy / "checkpoints" / f"base-{STEPS}")
+    before = (copy / "log.jsonl").read_bytes()
     with alone_in(copy, True), pytest.raises(ValueError, match="another process trains in"):
         resume(copy)
+    assert (copy / "log.jsonl").read_bytes() == before  # which the first one goes on writing
     dist.destroy_process_group()
     resume(copy)
 
