@@ -12,7 +12,7 @@ The first is for any model. The second is the same task in special tokens of the
 for models of a few layers. The depth says where in the context the answer stands, from 0 to 1.
 Lengths count the model's own tokens. All code in contexts is code that training never sees.
 
-    python eval.py --model runs/tiny/checkpoints/ultra-60 --tasks recall,icl --lengths 1k,4k
+    python eval.py --model runs/tiny/checkpoints/ultra-54 --tasks recall,icl --lengths 1k,4k
     python eval.py --model DIR --tasks text --lengths 8k,32k --samples 100
     python eval.py --compare runs/a/eval/long-700.json,runs/b/eval/long-700.json
 
@@ -390,7 +390,7 @@ class EvalConfig:
     model: str = option("", "folder of the model to evaluate")
     tasks: str = option("", "tasks or groups: tokens (for bytes), few (for others), text, all")
     lengths: str = option("", "as 2k,8k (default: for bytes 256 to 16k, else context / 4 and it)")
-    samples: int | None = option(None, "questions a task and length (200; few: 16)", parse_length)
+    samples: int | None = option(None, "questions a task and length (100; few: 16)", parse_length)
     per_context: int = option(4, "questions that may share a text context", parse_length)
     data: str = option("", "JSONL files in HELMET's or RULER's formats, with commas: more tasks")
     bpb_length: int = option(2048, "context of bits per byte; 0: none", length_or_0)
@@ -418,7 +418,7 @@ def plan_jobs(config: EvalConfig, tokenizer: Tokenizer,
     if max(lengths) > context:
         warn(f"lengths up to {max(lengths):,} are beyond the model's context of {context:,}")
     names = [name for group in groups if group for name in GROUPS.get(group, [group])]
-    n, jobs = config.samples or (16 if "few" in groups else 200), []
+    n, jobs = config.samples or (16 if "few" in groups else 100), []
     for name in dict.fromkeys(names):
         task = find_task(name)
         for length in lengths if task.only_length is None else [task.only_length]:
