@@ -12,7 +12,7 @@ The first is for any model. The second is the same task in special tokens of the
 for models of a few layers. The depth says where in the context the answer stands, from 0 to 1.
 Lengths count the model's own tokens. All code in contexts is code that training never sees.
 
-    python eval.py --model runs/tiny/checkpoints/ultra-54 --tasks recall,icl --lengths 1k,4k
+    python eval.py --model runs/tiny/checkpoints/ultra-56 --tasks recall,icl --lengths 1k,4k
     python eval.py --model DIR --tasks text --lengths 8k,32k --samples 100
     python eval.py --compare runs/a/eval/long-700.json,runs/b/eval/long-700.json
 

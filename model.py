@@ -27,7 +27,7 @@ Shapes: S tokens of the whole sequence, P seq_parallel_size, T = S/P tokens of t
 H query heads, H_kv key/value heads, D head dim, C model dim, V vocabulary, N documents.
 
     python model.py info llama3-8b --length 512k       a preset or a folder: shape, RoPE, memory
-    python model.py export runs/tiny/checkpoints/ultra-54 exported --dtype bfloat16
+    python model.py export runs/tiny/checkpoints/ultra-56 exported --dtype bfloat16
 
 Sources: ProLong (arXiv 2410.02660) section 6.1, B.1, B.2, A.3; RoPE (2104.09864); Ulysses
 (2309.14509). Unlike in ProLong's code, positions restart at every document.

@@ -1,6 +1,6 @@
 """eval.py with more tasks, for the lab: other recall, and chat.
 
-    python experiments/tasks.py --model runs/tiny/checkpoints/ultra-54 --tasks few,recall_prose
+    python experiments/tasks.py --model runs/tiny/checkpoints/ultra-56 --tasks few,recall_prose
 
 `few` scatters 4 pairs in held-out code (as many keys as RULER's first multi-key needle task),
 `recall` 16, as in training. `recall_prose` has held-out prose, docstrings, where `recall` has code.

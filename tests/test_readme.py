@@ -77,7 +77,7 @@ SMALLER = {  # what makes a command of "Use it" short; all else stays as it is w
                         "--batch-tokens 4k --steps 1 --no-eval",
     "--tasks text --lengths 8k,32k,64k": "--tasks json_kv,needle,rerank --lengths 3k --samples 2",
     "sft.py --init runs/tiny": "sft.py --init runs/tiny --steps 2 --no-eval",
-    "code_repos-64k": "code_repos-2k", "--seq 64k": "--seq 2k", "ultra-54": "ultra-2",
+    "code_repos-64k": "code_repos-2k", "--seq 64k": "--seq 2k", "ultra-56": "ultra-2",
     "DIR": "exported"}
 
 
