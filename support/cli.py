@@ -14,6 +14,7 @@ import sys
 import time
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +26,19 @@ class BadLength(ValueError, argparse.ArgumentTypeError):
 Entry = TypeVar("Entry")
 Config = TypeVar("Config")
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "b": 2**30}
+GROUPS = {  # of --help, for all commands: their options, what most people need first
+    "what to run": "recipe stage domain from_ from_mds input format seq sequences init model tasks "
+                   "lengths prompt compare chat resume out",
+    "data": "data mix short_mix template rule ranks text_column where group_by subset split on_bad "
+            "tokenizer seed",
+    "the step": "steps batch_tokens micro_batch_tokens lr rope_theta weight_decay clip reorder",
+    "memory and speed": "dtype seq_parallel_size attention compile activations loss_chunk_tokens "
+                        "mlp_tile_tokens host_optimizer workers shard_tokens",
+    "evaluation and checkpoints": "eval eval_every samples per_context bpb_length save_every keep",
+    "answers": "max_new_tokens temperature",
+    "plan": "plan world_size",
+}
+METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
 def parse_length(text: str | int) -> int:
@@ -103,21 +117,29 @@ class _Parser(argparse.ArgumentParser):
 def add_config_args(parser: argparse.ArgumentParser, config: type) -> None:
     """Add an option for each field of a config: `seq_len` becomes `--seq-len`, `from_` `--from`."""
     hints = typing.get_type_hints(config)
-    for field in dataclasses.fields(config):
-        flag = "--" + field.name.strip("_").replace("_", "-")
-        kind, *_ = typing.get_args(hints[field.name]) or [hints[field.name]]  # int | None -> int
-        how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
-        if kind is not bool:
-            how = {"type": field.metadata["parse"] or kind,
-                   "metavar": flag[2:].upper().replace("-", "_")}
-        help = field.metadata["help"] + ("" if field.default is None else " (default: %(default)s)")
-        parser.add_argument(flag, dest=field.name, default=field.default, help=help, **how)
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    for title, names in [*GROUPS.items(), ("options", " ".join(fields))]:
+        group = parser.add_argument_group(title)  # an empty one is not shown
+        for field in [fields.pop(name) for name in names.split() if name in fields]:
+            flag = "--" + field.name.strip("_").replace("_", "-")
+            kind, *_ = typing.get_args(hints[field.name]) or [hints[field.name]]  # int | None: int
+            how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+            if kind is not bool:
+                how = {"type": field.metadata["parse"] or kind, "metavar": METAVARS[kind]}
+            help, default = field.metadata["help"], field.default
+            if default not in (None, "") and default is not False:
+                help += " (default: %(default)s)"
+            group.add_argument(flag, dest=field.name, default=default, help=help, **how)
 
 
 def parse_cli(config: type[Config], doc: str | None, argv: Sequence[str] | None = None) -> Config:
     """Build a config from the command line. Unknown and abbreviated flags end in code 2."""
-    parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-                     allow_abbrev=False)
+    command = sys.argv[1:2] if argv == sys.argv[2:] else []  # as in "data.py pack"
+    parser = _Parser(" ".join([Path(sys.argv[0]).name, *command]), "%(prog)s [OPTION ...]", doc,
+                     formatter_class=partial(argparse.RawDescriptionHelpFormatter,
+                                             max_help_position=28),
+                     add_help=False, allow_abbrev=False)
+    parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
     add_config_args(parser, config)
     return config(**vars(parser.parse_args(argv)))
 

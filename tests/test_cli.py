@@ -81,14 +81,15 @@ def test_a_wrong_command_line_ends_in_one_line(argv, named, capsys):
 
 
 def test_help_shows_every_option_with_its_default(capsys):
-    """The help text comes from the fields: each flag, its help, its default."""
+    """One line of usage, then groups; each field's flag, its help, its default."""
     with pytest.raises(SystemExit) as exit:
         parse_cli(PackConfig, "What it does.", ["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert exit.value.code == 0
-    assert "What it does." in text
+    groups = r"What it does\. what to run: --domain TEXT NAME.* --seq N .* data: --rule TEXT long"
+    assert re.match(rf"usage: [\w. -]+ \[OPTION \.\.\.\] {groups}", text)
     for field in fields(PackConfig):
-        shown = "" if field.default is None else f" (default: {field.default})"
+        shown = "" if field.default in (None, "") else f" (default: {field.default})"
         assert f"{field.metadata['help']}{shown}" in text
 
 
