@@ -56,7 +56,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils import checkpoint as remat  # rematerialization: activation checkpointing
 
-from support import hf
+from support import card, hf
 from support.cli import choose, parse_length, run_main
 from support.files import read_json, whole_folder
 from support.hf import ARCHITECTURES
@@ -871,10 +871,10 @@ def info(name: str, length: int = 8192) -> None:
 
 def export(folder: str, out: str, dtype: str = "bfloat16") -> None:
     """Write a checkpoint's model, without what training needs, into a new folder."""
-    dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
     if Path(out).exists():
         raise ValueError(f"{out} exists already; name a new folder, or remove this one")
-    save_pretrained(load_pretrained(folder, choose("dtype", dtype, dtypes)), out)
+    model = load_pretrained(folder, choose("dtype", dtype, hf.BY_NAME))
+    save_pretrained(card.add_card(model, folder), out)
     print(f"written: {out}")
 
 

@@ -4,8 +4,8 @@
     python sft.py --init runs/tiny --steps 100
     python experiments/pretrained.py runs/tiny runs/sft
 
-Weights are rounded to bfloat16 (290 KB a model). We evaluate the rounded models; their scores go to
-pretrained/README.md.
+Weights are rounded to bfloat16 (290 KB a model), and each model gets its card. We evaluate the
+rounded models; their scores go to pretrained/README.md.
 """
 
 from __future__ import annotations

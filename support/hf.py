@@ -51,6 +51,7 @@ COMPANIONS = (  # files that belong to a model and are passed on unchanged
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template.jinja")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+BY_NAME = {str(dtype)[6:]: dtype for dtype in DTYPES.values()}
 
 
 def parse_config(entry: dict[str, Any]) -> dict[str, Any]:

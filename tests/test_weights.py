@@ -23,6 +23,7 @@ import model as m
 import train
 from support import hf
 from support.files import whole_folder
+from support.scores import save_evaluation
 
 INDEX = "model.safetensors.index.json"
 
@@ -211,7 +212,7 @@ def test_info_and_export(folder, tmp_path, capsys, monkeypatch):
     (folder / "optimizer").mkdir()
     save_file({"exp_avg": torch.zeros(1)}, folder / "optimizer" / "0.safetensors")
     run("export", folder, tmp_path / "out")
-    names = {"config.json", "generation_config.json", "model.safetensors"}
+    names = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     model, exported = m.load_pretrained(folder), m.load_pretrained(tmp_path / "out")
     assert exported.config == model.config
@@ -221,6 +222,38 @@ def test_info_and_export(folder, tmp_path, capsys, monkeypatch):
     with pytest.raises(ValueError, match="out exists already"):  # it would replace what is there
         run("export", folder, tmp_path / "out")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_an_export_has_a_card(transformers, tmp_path, monkeypatch, caplog):
+    """What the run around a checkpoint knows; of any other folder, what config.json says."""
+    monkeypatch.setitem(train.RECIPES, "tiny", [
+        train.Stage(name, 256, theta, {"icl-128": 3, "short": 0}, 2048, 1024, 3e-3, 3e-4)
+        for name, theta in (("base", 1e4), ("long", None))])
+    run = train.train(train.TrainConfig(eval=False, out=str(tmp_path / "run")))
+    (run / "config.json").write_text('{"init": "/home/ann/smollm2/"}')
+    sums = [data.PackedDataset(run / "data" / name / "icl-128").meta["sha256"]
+            for name in ("base", "long")]
+    row = dict.fromkeys(("task", "category"), "icl") | {"length": 256, "n": 26, "chance": 0}
+    found = {"model": "long", "bits_per_byte": [],
+             "results": [row | {"score": 0.5, "low": 0.25, "high": 0.75}]}
+    checkpoint, cards = run / "checkpoints" / "long-2", []
+    for source, of in ((checkpoint, "long-2"), (checkpoint, "long-1"), (tmp_path / "0", "")):
+        save_evaluation(found | {"settings": {"model": f"runs/run/{of}"}}, run / "eval")
+        m.export(source, tmp_path / f"{len(cards)}")
+        cards.append((tmp_path / f"{len(cards)}" / "README.md").read_text())
+    their_load(transformers, tmp_path / "0", caplog)
+    step = "2 of 2 steps of 1,024 tokens in sequences of 256, "
+    rate = "learning rate up to 0.003, seed 0; data:\n  - 100.0% icl-128, sha256 "
+    assert cards[2].startswith("---\nlibrary_name: transformers\npipeline_tag: text-generation\n")
+    assert ("\n145,472 parameters in bfloat16: 2 layers of width 64, MLPs of 192,\n8 heads for "
+            "queries and 4 for keys and values, each of 16,\nand a vocabulary of 348 tokens. RoPE: "
+            "theta 10,000, scaling none.\n") in cards[2]
+    assert cards[1] == cards[2] + (
+        "\n## Training\n\nThe run began with the weights of `smollm2`.\n\n"
+        f"- base: {step}RoPE's theta 10,000, {rate}{sums[0]}\n- long: {step}{rate}{sums[1]}\n")
+    assert cards[0] == cards[1] + (
+        "\n## Scores\n\nOf this checkpoint before the export:\n\n    task  length   n  chance"
+        "                long\n    icl      256  26       0  0.500 [0.25, 0.75]\n")
 
 
 # --- 3. Many ranks --------------------------------------------------------------------------------
