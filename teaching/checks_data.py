@@ -88,13 +88,19 @@ def draw_share(case: Share) -> str:
             f"asked     rank {rank} of {ranks}: ids, labels, positions")
 
 
+def compare_share(case: Share, yours: Any, right: Any) -> str:
+    """Ids, labels and positions below each other."""
+    rows = zip(("ids", "labels", "positions"), yours, right, strict=False)
+    return "\n".join(f"{name:<10}yours {show(a)}, right {show(b)}" for name, a, b in rows)
+
+
 LAYOUT = Exercise("01", "positions, labels and cu_seqlens", (
     layout_part("positions begin again at 0 in every document", 2, 0),
     layout_part("labels are the next token of the same document, where it is trained on", 3, 1),
     layout_part("cu_seqlens has every document's end", 2, 2),
     Part("a rank's share of ids, labels and positions is cut from the whole", "share", 3,
          share_cases, each(lambda function, case: list(function(tokens_of(case[0]), *case))),
-         draw_share)))
+         draw_share, compare_share)))
 
 # --- 02: the document mask --------------------------------------------------------------
 
@@ -163,8 +169,9 @@ def draw_packing(case: Packing) -> str:
 
 def packing_part(function: str, asks: str, points: int, index: int | None = None) -> Part:
     def compare(case: Packing, yours: Any, right: Any) -> str:
-        draw = (draw_packed, draw_ids, show)[0 if index is None else index + 1]
-        return f"yours      {draw(yours)}\nright      {draw(right)}"
+        draw = (draw_packed, draw_ids, str)[0 if index is None else index + 1]
+        return "\n".join(f"{name}      {draw(found) if found else '(no sequence)'}"
+                         for name, found in (("yours", yours), ("right", right)))
 
     def look(answer: Function, case: Packing) -> Any:
         found = call_packing(answer, case)

@@ -143,7 +143,10 @@ def run_chunks(function: Function, case: Chunks) -> dict[str, Any]:
     with WidestLogits() as widest:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             loss = function(hidden, weight, labels, chunk_tokens)
-        loss.backward()
+        try:
+            loss.backward()
+        except RuntimeError as error:
+            raise RuntimeError(f"backward() on your result failed: {error}") from None
     return {"loss": loss.detach(), "gradients": [hidden.grad, weight.grad], "rows": widest.rows,
             "kept": sum(kept)}
 
@@ -164,7 +167,22 @@ def chunk_part(asks: str, points: int, cases: Any, *keys: str, **options: Any) -
 
 
 def compare_logits(case: Chunks, yours: float, right: Any) -> str:
-    return f"yours  {yours:g} rows of logits\nright  at most {case[1]}"
+    return f"yours  {yours:g} rows of V numbers (logits, or made of them)\nright  at most {case[1]}"
+
+
+def compare_chunks(case: Chunks, yours: Any, right: Any) -> str:
+    """Loss and gradients, or gradients alone: of these only which rows are wrong."""
+    lines = []
+    if isinstance(right, dict):
+        lines = [f"yours     loss {show(yours['loss'])}", f"right     loss {show(right['loss'])}"]
+        yours, right = yours["gradients"], right["gradients"]
+    for name, mine, theirs in zip(("hidden", "weight"), yours, right, strict=True):
+        state = "none"
+        if mine is not None:
+            bad = [i for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) if not equal(a, b)]
+            state = f"wrong in {len(bad)} of {len(theirs)} rows, first {bad[0]}" if bad else "ok"
+        lines.append(f"gradient of {name}: {state}")
+    return "\n".join(lines)
 
 
 def few_rows(case: Chunks, yours: Any, right: Any) -> bool:
@@ -173,8 +191,9 @@ def few_rows(case: Chunks, yours: Any, right: Any) -> bool:
 
 CHUNKED = Exercise("06", "cross-entropy in chunks, computed twice", (
     chunk_part("the sum of all labels' cross-entropies", 2, labelled_cases, "loss"),
-    chunk_part("its gradients", 2, labelled_cases, "gradients"),
-    chunk_part("a chunk without any label adds 0", 2, hole_cases, "loss", "gradients"),
+    chunk_part("its gradients", 2, labelled_cases, "gradients", compare=compare_chunks),
+    chunk_part("a chunk without any label adds 0", 2, hole_cases, "loss", "gradients",
+               compare=compare_chunks),
     chunk_part("forward and backward never hold more logits than a chunk's", 2, long_cases, "rows",
                compare=compare_logits, accept=few_rows),
     chunk_part("between forward and backward no logits are kept", 2, long_cases, "kept",
@@ -280,8 +299,10 @@ def attention_job(function: Function, case: Spread, group: dist.ProcessGroup) ->
 
 def exchange_job(function: Function, case: Spread, group: dist.ProcessGroup) -> dict[str, Any]:
     """On one rank: x (P, 2), whose numbers say from where to where; and back."""
-    P, rank = case[0], dist.get_rank(group)
+    P, _, transposed, _ = case
+    rank = dist.get_rank(group)
     x = torch.tensor([[100.0 * rank + 10 * j + i for i in range(2)] for j in range(P)])  # (P, 2)
+    x = x.T.contiguous().T if transposed == 2 else x  # the same numbers, in other strides
     x.requires_grad_()
     out = function(x, group)
     if out.requires_grad:
@@ -345,7 +366,14 @@ def few_sent(case: Spread, yours: Any, right: Any) -> bool:
 
 
 def exchange_cases() -> list[Spread]:
-    return [(2, (2,), 1, 1), (4, (4,), 1, 1)]
+    """Ranks; a 2 in the third place: x is a transposed tensor."""
+    return [(2, (2,), 1, 1), (2, (2,), 2, 1), (4, (4,), 1, 1), (4, (4,), 2, 1)]
+
+
+def draw_exchange(case: Spread) -> str:
+    transposed = "; x is a transposed tensor, not contiguous" if case[2] == 2 else ""
+    return (f"{case[0]} ranks; x (P, 2) on rank r has 100 r + 10 j + i at x[j, i]{transposed}\n"
+            "the gradient of out[j] on rank r is 1000 + 100 r + 10 j")
 
 
 def exchange_right(key: str) -> Look:
@@ -361,8 +389,8 @@ def exchange_right(key: str) -> Look:
 def exchange_part(asks: str, points: int, key: str) -> Part:
     return Part(f"exchange: {asks}", "exchange", points, exchange_cases,
                 over_ranks(exchange_job, key),
-                lambda case: f"{case[0]} ranks; x (P, 2) on rank r has 100 r + 10 j in row j",
-                lambda case, yours, right: f"rank 1 has  {show(yours[1])}\n"
+                draw_exchange,
+                lambda case, yours, right: f"rank 1 has  {show(yours[1]) if yours[1] else 'none'}\n"
                                            f"right       {show(right[1])}",
                 right=exchange_right(key))
 
@@ -448,13 +476,20 @@ def draw_counts(counts: Counts) -> str:
     return "\n".join(f"rank {rank}  {row}" for rank, row in enumerate(rows)) + "\n(x: has a label)"
 
 
+def compare_steps(counts: Counts, yours: Any, right: Any) -> str:
+    """One number for the step, or a rank's; what rows of numbers are stands in what is asked."""
+    names = [f"rank {rank} " for rank in range(len(counts))] if len(yours) == len(counts) else [""]
+    pairs = zip(names, yours, right, strict=False) if names != [""] else [("", yours, right)]
+    return "\n".join(f"{name}yours {show(a)}, right {show(b)}" for name, a, b in pairs)
+
+
 def step_part(asks: str, points: int, key: str) -> Part:
     def look(function: Function, counts: Counts) -> Any:
         found = run_step(function, counts)
         if isinstance(found, Exception):
             raise found
         return found[key]
-    return Part(asks, "train_on_step", points, step_counts, each(look), draw_counts)
+    return Part(asks, "train_on_step", points, step_counts, each(look), draw_counts, compare_steps)
 
 
 EXACT = Exercise("09", "the exact loss over ranks and micro-batches", (

@@ -75,7 +75,7 @@ def grade_part(part: Part, number: str, function: Callable[..., Any]) -> Result:
     lines = [*diagnose(part, number, function), "the smallest case that fails:"]
     lines += ["  " + line for line in part.draw(case).splitlines()]
     if isinstance(found, Raised | Exception):
-        lines.append(f"  yours  {found}")
+        lines.append(f"  yours  {found}{getattr(found, 'where', '')}")
     else:
         lines += ["  " + line for line in part.compare(case, found, expected).splitlines()]
     return Result(part, 0, "\n".join(lines))
@@ -84,7 +84,8 @@ def grade_part(part: Part, number: str, function: Callable[..., Any]) -> Result:
 def diagnose(part: Part, number: str, function: Callable[..., Any]) -> list[str]:
     """The words of a wrong answer that does the same as this one, if there is one.
 
-    Best is one that does the same in all parts; two mistakes at once are known part by part.
+    Best is one that does the same in all parts; two mistakes at once are known part by part. If
+    there is none, we name what does the same in the first failing case and in most others.
     """
     alike = [mistake for mistake in wrong.WRONG
              if (mistake.exercise, mistake.function) == (number, part.function)
@@ -93,8 +94,20 @@ def diagnose(part: Part, number: str, function: Callable[..., Any]) -> list[str]
     parts = [other for other in EXERCISES[number].parts if other.function == part.function]
     everywhere = [mistake for mistake in alike
                   if all(same(other, function, mistake.answer) for other in parts)]
-    return ["it looks as if " + ", or ".join(mistake.says for mistake in everywhere or alike)
-            ] if alike else []
+    if alike:
+        return ["it looks as if " + ", or ".join(mistake.says for mistake in everywhere or alike)]
+    yours, right = look(part, function), look_right(part, number)
+    failing = [i for i, triple in enumerate(zip(part.cases(), yours, right, strict=True))
+               if not part.accept(*triple)]
+    nearly = {}
+    for mistake in wrong.WRONG:
+        if (mistake.exercise, mistake.function) == (number, part.function):
+            theirs = look(part, mistake.answer)
+            as_yours = [equal(yours[i], theirs[i]) for i in failing]
+            if as_yours[0] and sum(as_yours) > len(failing) / 2:
+                nearly[mistake.says] = sum(as_yours)
+    best = max(nearly, key=lambda says: nearly[says], default="")
+    return [f"in {nearly[best]} of {len(failing)} cases it looks as if {best}"] if best else []
 
 
 def same(part: Part, one: Callable[..., Any], other: Callable[..., Any]) -> bool:
@@ -129,7 +142,7 @@ def load_or_say_why_not(exercise: Exercise, folder: Path) -> tuple[Answer | None
         return load(exercise, folder), ""
     except StopIteration:
         return None, f"there is no file {exercise.number}_*.py in {folder}"
-    except Exception as error:  # a student's file may hold anything
+    except (Exception, SystemExit) as error:  # a student's file may hold anything
         return None, f"the file cannot be imported: {type(error).__name__}: {error}"
 
 

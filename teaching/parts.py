@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +18,18 @@ Look = Callable[[Function, list[Any]], list[Any]]  # (answer, cases) -> what it 
 
 
 class Raised(str):
-    """The error that an answer raised, in words."""
+    """The error that an answer raised, in words; `where` it did, if that is a student's file."""
+
+    where = ""
+
+
+def raised(error: BaseException) -> Raised:
+    """An answer may raise anything, and even end the program."""
+    told = Raised(f"{type(error).__name__}: {error}")
+    for frame in traceback.extract_tb(error.__traceback__):
+        if re.match(r"\d\d_", name := Path(frame.filename).name):
+            told.where = f" ({name}, line {frame.lineno}: {frame.line})"
+    return told
 
 
 def equal(yours: Any, right: Any, tolerance: float = 1e-9) -> bool:
@@ -46,8 +60,8 @@ def each(call: Callable[[Function, Any], Any]) -> Look:
                 found.append(call(function, case))
             except NotImplementedError as error:
                 found.append(error)
-            except Exception as error:  # an answer may raise anything
-                found.append(Raised(f"{type(error).__name__}: {error}"))
+            except (Exception, SystemExit) as error:
+                found.append(raised(error))
         return found
     return look
 

@@ -65,6 +65,8 @@ def _together(found: list[Any]) -> Any:
     errors = [result["error"] for result in found if "error" in result]
     if "NotImplementedError" in errors:
         return NotImplementedError()
+    if any("imed out" in error for error in errors):
+        return Raised("a rank waited a minute for a call that the others did not make")
     own = [error for error in errors if "onnection" not in error]  # which another's end would be
     return Raised((own or errors)[0]) if errors else found
 
@@ -73,9 +75,10 @@ def _work(rank: int, folder: Path, job: Job, answer: Callable[..., Any],
           cases: list[tuple[int, Any]]) -> None:
     """One rank: all cases, up to the first that raises. After it the ranks would not meet."""
     torch.set_num_threads(1)
+    patience = timedelta(seconds=SECONDS / 5)
     dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), WORLD), rank=rank,
-                            world_size=WORLD, timeout=timedelta(seconds=SECONDS / 5))
-    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+                            world_size=WORLD, timeout=patience)
+    pairs = [dist.new_group(pair, timeout=patience) for pair in ([0, 1], [2, 3])]
     dist.barrier()  # nobody ends before all are there
     found: list[Any] = []
     for size, case in cases:
@@ -83,7 +86,7 @@ def _work(rank: int, folder: Path, job: Job, answer: Callable[..., Any],
             found.append(job(answer, case, dist.group.WORLD if size == WORLD else pairs[rank // 2]))
         except NotImplementedError:
             found.append({"error": "NotImplementedError"})
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             found.append({"error": f"{type(error).__name__}: {error}"})
         if failed := "error" in found[-1]:
             found += [found[-1]] * (len(cases) - len(found))

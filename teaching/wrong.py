@@ -166,6 +166,18 @@ def rest_is_kept(documents: Documents, seq_len: int) -> Any:
     return reference.pack_short([d for d in documents if len(d) >= seq_len], seq_len)
 
 
+@wrong("04", "pack_long", "the rest of a long document becomes a sequence of its own")
+def rest_is_a_sequence(documents: Documents, seq_len: int) -> Any:
+    pieces = [d[i:i + seq_len] for d in documents if len(d) >= seq_len
+              for i in range(0, len(d), seq_len)]
+    return [(piece, (len(piece),)) for piece in pieces]
+
+
+@wrong("04", "pack_long", "all documents are laid end to end, and then cut")
+def one_stream(documents: Documents, seq_len: int) -> Any:
+    return [(ids, (seq_len,)) for ids, _ in reference.pack_short(documents, seq_len)]
+
+
 @wrong("04", "pack_long", "a document that is exactly as long as a sequence is dropped")
 def exact_fit_is_dropped(documents: Documents, seq_len: int) -> Any:
     return reference.pack_long([d for d in documents if len(d) > seq_len], seq_len)
@@ -257,6 +269,14 @@ def all_logits_first(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_token
     return torch.stack(losses).sum()
 
 
+@wrong("06", "chunked_loss", "logits are computed outside of what is checkpointed, and so are kept")
+def logits_outside(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:
+    def part(logits: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(logits, target, reduction="sum")
+    parts = zip(hidden.split(chunk_tokens), labels.split(chunk_tokens), strict=True)
+    return torch.stack([llama.recomputed(part, h @ weight.T, target) for h, target in parts]).sum()
+
+
 @wrong("06", "chunked_loss", "every chunk's logits are kept for backward, and so all of them")
 def chunks_are_kept(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:
     parts = zip(hidden.split(chunk_tokens), labels.split(chunk_tokens), strict=True)
@@ -290,9 +310,29 @@ Group = dist.ProcessGroup
 
 @wrong("07", "exchange", "autograd does not know the exchange, so no gradient comes back")
 def exchange_without_gradient(x: Tensor, group: Group) -> Tensor:
-    out = torch.empty_like(x)
-    dist.all_to_all_single(out, x.detach().contiguous(), group=group)
+    sent = x.detach().contiguous()
+    out = torch.empty_like(sent)
+    dist.all_to_all_single(out, sent, group=group)
     return out
+
+
+class Strided(torch.autograd.Function):
+    """An exchange into a tensor with the strides of x, which gloo fills as if it were flat."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group, out = group, torch.empty_like(x)
+        dist.all_to_all_single(out, x.contiguous(), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return llama.Exchange.apply(grad, ctx.group), None
+
+
+@wrong("07", "exchange", "empty_like(x) keeps the strides of x, which is not contiguous")
+def exchange_keeps_strides(x: Tensor, group: Group) -> Tensor:
+    return Strided.apply(x, group)
 
 
 class Averaged(torch.autograd.Function):
@@ -350,6 +390,35 @@ def heads_mixed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen:
     out = llama.ulysses_attention(q, k, v, cu_seqlens, max_seqlen, group)  # (T, H, D)
     P = dist.get_world_size(group)
     return out.unflatten(1, (P, -1)).transpose(1, 2).flatten(1, 2)  # (T, H, D), heads permuted
+
+
+def _ulysses(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, group: Group,
+             there: bool, back: bool) -> Tensor:
+    """Right, but for a transpose that is left out on the way there or on the way back."""
+    P = dist.get_world_size(group)
+    copies = max(1, P // k.shape[1])
+    k, v = k.repeat_interleave(copies, dim=1), v.repeat_interleave(copies, dim=1)
+    qkv = []
+    for x in (q, k, v):
+        x = x.unflatten(1, (P, -1))  # (T, H, D) -> (T, P, H/P, D)
+        x = x.transpose(0, 1) if there else x.reshape(P, len(x), *x.shape[2:])
+        qkv.append(llama.Exchange.apply(x.contiguous(), group).flatten(0, 1))  # (S, H/P, D)
+    out = llama.document_attention(*qkv, cu_seqlens, max_seqlen)
+    out = llama.Exchange.apply(out.unflatten(0, (P, -1)).contiguous(), group)  # (P, T, H/P, D)
+    out = out.transpose(0, 1) if back else out
+    return out.reshape(q.shape)
+
+
+@wrong("07", "ulysses_attention", "on the way there (T, P, H/P, D) is read as (P, T, H/P, D)")
+def no_transpose_there(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
+                       group: Group) -> Tensor:
+    return _ulysses(q, k, v, cu_seqlens, max_seqlen, group, False, True)
+
+
+@wrong("07", "ulysses_attention", "on the way back (P, T, H/P, D) is read as (T, P, H/P, D)")
+def no_transpose_back(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
+                      group: Group) -> Tensor:
+    return _ulysses(q, k, v, cu_seqlens, max_seqlen, group, True, False)
 
 
 # --- 08: no exchange --------------------------------------------------------------------
@@ -425,6 +494,12 @@ def nothing_trained(loss_of: Any, batches: Any, parallel: Any) -> float:
 def skips_backward(loss_of: Any, batches: Any, parallel: Any) -> float:
     n = _of_step(batches, parallel)
     return _step(loss_of, batches, parallel, lambda labels: n, skip_empty=True)
+
+
+@wrong("09", "train_on_step", "without a trained token in the step, no rank runs backward")
+def returns_early(loss_of: Any, batches: Any, parallel: Any) -> float:
+    n = parallel.all_sum(sum(_trained(batch.labels) for batch in batches))
+    return _step(loss_of, batches, parallel, lambda labels: n) if n else 0.0
 
 
 @wrong("09", "train_on_step", "gradients are averaged over ranks where they must be summed")

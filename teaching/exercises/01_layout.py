@@ -19,7 +19,8 @@ Then P ranks share the sequence. Rank r has the tokens from r * S/P up to (r + 1
 and positions are cut from the whole, as its ids are. In (3, 1, 4) over two ranks rank 1 has the
 positions 0 1 2 3; in (6, 2) it has 4 5 0 1.
 
-Shapes. input_ids, labels, positions (S,) int64; cu_seqlens (N + 1,); a share (S / P,).
+Shapes. input_ids, labels, positions (S,); cu_seqlens (N + 1,); a share (S / P,). All are whole
+numbers of any dtype.
 
 Hints. torch.arange, cumsum and repeat_interleave are enough. Which token asks for a document's
 first? What is the label of the last token of rank 0's share, if its document goes on in rank 1?

@@ -5,13 +5,14 @@ into whole pieces, and what is too short is dropped: a long sequence should be o
 ones are laid end to end, and what a cut leaves over begins the next sequence. Documents a (11
 tokens), b (3), c (7) and d (4), in sequences of 8:
 
-    long     a a a a a a a a                        doc_lens (8,); the rest of a, b, c, d are gone
+    long     a a a a a a a a                        doc_lens (8,); a's last 3, and b, c, d, are gone
 
     short    a a a a a a a a | a a a b b b c c | c c c c c d d d       the last d waits for more
              (8,)              (3, 3, 2)         (5, 3)
 
 What still waits when the documents end is not a whole sequence, and is left out. A piece of a
-document counts as a document in doc_lens: the model cannot see the part before the cut.
+document counts as a document in doc_lens: the model cannot see the part before the cut. No piece
+is empty. A long document is cut from its begin: 0 to seq_len, seq_len to 2 seq_len, and so on.
 
 Shapes. documents: lists of token ids. Returns a list (or yields) of (ids, doc_lens), where ids are
 seq_len token ids, and doc_lens adds up to seq_len.

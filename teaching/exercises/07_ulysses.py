@@ -4,12 +4,12 @@ The idea. P ranks share a sequence: each holds T = S/P tokens with all their hea
 mixes tokens. So before it, ranks trade tokens for heads: each gets *all* tokens of *some* heads,
 computes ordinary attention, and trades back. With P = 2 ranks, 2 heads and 4 tokens:
 
-           before            after
-         head 0  head 1    head 0  head 1
-    a   [ rank 0     ]    [ r ]   [ r ]        before (T, H, D)
-    b   [ rank 0     ]    [ a ]   [ a ]        after  (S, H/P, D)
-    c   [ rank 1     ]    [ n ]   [ n ]
-    d   [ rank 1     ]    [k 0]   [k 1]
+                before             after: which rank has it
+             head 0  head 1        head 0  head 1
+    a           0       0             0       1        before (T, H, D)
+    b           0       0             0       1        after  (S, H/P, D)
+    c           1       1             0       1
+    d           1       1             0       1
 
 The trade is one collective: every rank has x of P parts, and sends part j to rank j. What arrives
 is in the order of the senders. With P = 2:
@@ -28,10 +28,12 @@ or P by H_kv.
 Hints. torch.distributed.all_to_all_single(out, x, group=group) wants contiguous tensors and knows
 nothing of autograd: write a torch.autograd.Function. Where does the gradient of a part lie that I
 sent to rank j? (T, H, D) is (T, P, H/P, D), and what arrives as (P, T, H/P, D) is (S, H/P, D):
-write the shape beside every line. Ask `group` for rank and size; this world may hold other groups.
+write the shape beside every line. torch.empty_like(x) keeps the strides of x: make x contiguous
+first. Ask `group` for rank and size; this world may hold other groups.
 
-`document_attention(q, k, v, cu_seqlens, max_seqlen)` is given. Four processes on this machine are
-the ranks; a rank that waits for a call that others do not make gives up after a minute.
+Given: `document_attention(q, k, v, cu_seqlens, max_seqlen)`, q (S, h, D), k and v (S, h_kv, D) ->
+(S, h, D), where h is a multiple of h_kv. Four processes on this machine are the ranks; a rank that
+waits for a call that others do not make gives up after a minute.
 
 Read: Ulysses (2309.14509), ProLong A.3. Grade: python teaching/grade.py 07
 """

@@ -18,7 +18,8 @@ Three rules for ranks. All call all_sum equally often, or the others wait foreve
 once for each micro-batch, even without a label, because the others wait for their part of the
 gradients. And a step without any trained token has loss 0, not NaN.
 
-Shapes. batches: this rank's; each has input_ids (T,) and labels (T,), -100 where there is none.
+Shapes. batches: this rank's, as many as every other rank's; each has input_ids (T,)
+and labels (T,), -100 where there is none.
 loss_of(input_ids, labels) -> (T,), 0 where there is no label. parallel.all_sum(x) sums a number or
 tensor over all ranks and returns a float64 tensor without a graph.
 
