@@ -88,10 +88,11 @@ def fit(text: str, chunk: str, missing: Callable[[str], int],
 
 
 def conversations(tokenizer: Tokenizer, template: str, seq_len: int, seed: int,
-                  write: Callable[..., Written]) -> Iterator[list[dict[str, str]]]:
+                  write: Callable[..., Written],
+                  held_out: bool = False) -> Iterator[list[dict[str, str]]]:
     """Conversations of exactly `seq_len` tokens about pieces of the embedded code."""
     rng = np.random.default_rng(seed)
-    for document in data.code_repos(tokenizer, seed):
+    for document in data.code_repos(tokenizer, seed, held_out):
         for begin in range(1, len(document) - seq_len, seq_len):
             text = tokenizer.decode(document.input_ids[begin:begin + seq_len])
             kind = str(rng.choice(list(KINDS), p=list(KINDS.values())))

@@ -11,6 +11,7 @@ import math
 import re
 import string
 from collections.abc import Callable, Collection, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 from unicodedata import normalize as unicode_form
@@ -212,7 +213,7 @@ def paired_p_value(differences: Sequence[float], seed: int = 0) -> float:
 
     If the two models were equal, each context's difference could as well have the opposite sign.
     How often is the sum then at least this large? We count exactly where all differences have one
-    size (McNemar's test, for answers right or wrong), and by 10,000 random flips otherwise.
+    size (McNemar's test) or are few, and by 10,000 random flips otherwise.
     """
     d = np.array([x for x in differences if x])
     if len(d) == 0:
@@ -221,9 +222,11 @@ def paired_p_value(differences: Sequence[float], seed: int = 0) -> float:
         fewer = min((d > 0).sum(), (d < 0).sum())
         tail = sum(math.comb(len(d), k) for k in range(fewer + 1)) / 2 ** len(d)
         return min(1.0, 2 * tail)
-    signs = np.random.default_rng(seed).choice([-1.0, 1.0], (10_000, len(d)))
+    few = len(d) <= 12
+    signs = (np.array(list(product((-1.0, 1.0), repeat=len(d)))) if few else
+             np.random.default_rng(seed).choice([-1.0, 1.0], (10_000, len(d))))
     at_least = np.abs(signs @ d) >= abs(d.sum()) - 1e-12
-    return float((at_least.sum() + 1) / 10_001)
+    return float(at_least.mean() if few else (at_least.sum() + 1) / 10_001)
 
 
 def compare(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:
