@@ -4,23 +4,23 @@ A finding is a question with arms, and an arm is a model that anybody could make
 
     runs/lab/starts/0/checkpoints/long-700       the tiny recipe up to 2K tokens, one for each seed
       └─ train.py --stage ultra --seq 8k --rope-theta 1.28e+06 --steps 40 ...   an arm: 2K -> 8K
-           └─ eval.py --tasks recall_bare,recall,icl --lengths 256,2k,4k,8k ... its points
+           └─ experiments/tasks.py --tasks recall,icl --lengths 256,2k,8k ...        its points
 
 All arms of a seed start from the same weights and see the same data in the same order, so we
 compare arms *within* a seed. A contrast turns the paper's direction into a number that is positive
-where the paper is right ("recall at 8K, theta x16 less x1"). Three seeds give a mean and
-Student's t interval: above zero we agree, below zero we disagree, else the two are not told apart.
+where the paper is right ("recall at 8K, theta x64 less x1"). Of a finding's contrasts one is
+primary: it was named before its seeds were run, and it alone gives a verdict (section 4).
 
 Arms run as processes of one thread, so that their digits do not depend on the number of cores. What
-an arm gave is kept under runs/lab by a hash of its settings, its start and the code; two findings
-that share an arm train it once.
+an arm gave is kept under runs/lab by a hash of its settings, its start and the code. So two
+findings that share an arm train it once, and a run that was interrupted goes on.
 """
 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
+import math
 import os
 import platform
 import shlex
@@ -30,7 +30,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from datetime import date
@@ -39,14 +39,16 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
-from data import PackedDataset, PackedSequence, format_length  # noqa: E402
+from data import PackedDataset, PackedSequence, format_length, parse_length  # noqa: E402
 from model import preset_config  # noqa: E402
+from support.scores import paired_p_value  # noqa: E402
 from train import RECIPES, TrainConfig, choose_stages, pack_domains  # noqa: E402
 
 STAGES = {stage.name: stage for stage in RECIPES["tiny"]}
@@ -56,6 +58,7 @@ START_STAGES = ("base", "long")  # what a start consists of
 
 Point = dict[str, float]  # {"step": 40, "recall@8k": 0.93, "bits/byte short": 4.4, ...}
 Measured = dict[str, list[Point]]  # of one seed: an arm's points, the last one its end
+Difference = Callable[[Measured], float]  # a contrast: positive where the paper is right
 Painter = Callable[[Any, dict[str, Any]], None]  # (matplotlib figure, result): see section 5
 Transform = Callable[[PackedDataset, int], Iterable[PackedSequence]]  # of a packed domain
 
@@ -71,6 +74,7 @@ class Arm:
     transform: Transform | None = None  # rewrites the packed domains, which --data then names
     every: int = 0  # steps between checkpoints, for findings that look along the training
     before: str = ""  # a command to run first; in both commands, {folder} is the arm's folder
+    lengths: str = ""  # where it is asked, if not at the finding's lengths
 
 
 @dataclass(frozen=True)
@@ -82,24 +86,28 @@ class Finding:
     source: str  # "Tables 18 and 19"
     claim: str  # the paper's direction in a plain sentence
     arms: dict[str, Arm]
-    contrasts: dict[str, Callable[[Measured], float]]  # positive where the paper is right
+    primary: dict[str, Difference]  # one contrast, which gives the verdict
+    others: dict[str, Difference]  # more contrasts, which only describe
     draw: Painter
-    why: str = ""  # the likely reason where the small world disagrees, and how doses were chosen
+    why: str  # how it is measured, how doses were chosen, what may differ in the small world
+    margin: float = 0.05  # a primary contrast that is surely smaller is *alike*
+    floor: float = 0.0  # what the paper promises: more than this; "does no harm" is -margin
     tasks: str = "recall_bare,recall,icl"
-    lengths: str = "256,2k,4k,8k"
-    samples: int = 200
+    lengths: str = "256,2k,8k"
+    samples: int = 832  # questions: 52 contexts of recall, 32 of ICL
     shown: tuple[str, ...] = ("recall@256", "recall@2k", "recall@8k")  # in tables
-    evaluator: str = "eval.py"  # or experiments/tasks.py, which has more tasks
+    evaluator: str = "experiments/tasks.py --bpb-length 8k"
     along: bool = False  # measure an arm's start and all its checkpoints, not only its end
-    compute: Callable[[int, bool], Measured] | None = None  # (seed, quick): without training
+    compute: Callable[[int, bool], Measured] | None = None  # (seed, quick): counts, no training
 
 
-def less(a: str, b: str, *metrics: str | Callable[[Point], float]) -> Callable[[Measured], float]:
-    """The contrast "a less b" at the end of training, in a metric or the mean of several."""
-    def of(point: Point) -> float:
-        return sum(point[m] if isinstance(m, str) else m(point) for m in metrics) / len(metrics)
+def less(a: str | tuple[str, ...], b: str | tuple[str, ...], *metrics: str) -> Difference:
+    """The contrast "a less b" at the end of training; of several arms and metrics the mean."""
+    def mean(measured: Measured, labels: str | tuple[str, ...]) -> float:
+        ends = [measured[label][-1] for label in ([labels] if isinstance(labels, str) else labels)]
+        return statistics.fmean(end[metric] for end in ends for metric in metrics)
 
-    return lambda measured: of(measured[a][-1]) - of(measured[b][-1])
+    return lambda measured: mean(measured, a) - mean(measured, b)
 
 
 @dataclass(frozen=True)
@@ -135,13 +143,18 @@ def run_program(command: Sequence[str], log: Path) -> None:
         raise RuntimeError(f"{typed(command)} failed; {log} ends:\n{log.read_text()[-2000:]}")
 
 
+def start_folder(seed: int, lab: Lab) -> Path:
+    """Where a seed's start lies: with our own, its name tells the code that trained it."""
+    own = lab.folder / "starts" / f"{seed}-{short_hash([hash_code(), lab.quick])}"
+    return lab.starts / str(seed) if lab.starts else own
+
+
 def find_start(stage: str, seed: int, lab: Lab) -> Path:
     """A seed's checkpoint at the end of a stage of the tiny recipe, trained now if it is missing.
 
     Raises ValueError if it is not in the --starts that were given, and for a later stage.
     """
-    own = lab.folder / ("quick-starts" if lab.quick else "starts")
-    folder = (lab.starts or own) / str(seed)
+    folder = start_folder(seed, lab)
     found = sorted((folder / "checkpoints").glob(f"{stage}-*[0-9]"), key=step_of)
     if found:
         return found[-1]
@@ -170,15 +183,10 @@ def short_hash(facts: Any) -> str:
 
 @cache
 def hash_code() -> list[str]:
-    """Hashes of the code that every arm runs, as it was when the lab was opened."""
-    five = [ROOT / f"{name}.py" for name in ("data", "model", "eval", "train", "sft")]
-    return [sha256(path) for path in [*five, *sorted((ROOT / "support").glob("*.py"))]]
-
-
-def hash_program(command: str) -> list[str]:
-    """The hash of a program of experiments/, where a command runs one."""
-    programs = [word for word in command.split()[:1] if word.startswith("experiments/")]
-    return [sha256(ROOT / path) for path in programs]
+    """Hashes of all the code that an arm may run, as it was when the lab was opened."""
+    ours = [f"experiments/{name}" for name in ("neighbours", "packs", "synthetic", "tasks")]
+    paths = [ROOT / f"{name}.py" for name in ("data", "model", "eval", "train", "sft", *ours)]
+    return [sha256(path) for path in [*paths, *sorted((ROOT / "support").glob("*.py"))]]
 
 
 def key_of(arm: Arm, seed: int, lab: Lab) -> str:
@@ -187,9 +195,8 @@ def key_of(arm: Arm, seed: int, lab: Lab) -> str:
         start = key_of(arm.start, seed, lab)
     else:
         start = sha256(find_start(arm.start, seed, lab) / "model.safetensors")
-    transform = inspect.getsource(arm.transform) if arm.transform else ""
     facts = [arm.command, arm.before, arm.steps, arm.every, start, arm.config, seed, lab.quick,
-             hash_code(), hash_program(arm.command), hash_program(arm.before), transform]
+             hash_code(), arm.transform and arm.transform.__name__]
     return f"{seed}-{short_hash(facts)}"
 
 
@@ -220,8 +227,9 @@ def make_arm(arm: Arm, seed: int, lab: Lab) -> tuple[list[Path], list[str]]:
                 run_program(before, folder / "before.log")
             if arm.transform:
                 pack_transformed(command, folder, arm.transform)
+            begin = time.monotonic()
             run_program(command, folder / "train.log")
-            (folder / "done").touch()
+            (folder / "done").write_text(f"{time.monotonic() - begin:.1f}")
     checkpoints = sorted((folder / "run" / "checkpoints").iterdir(), key=step_of)
     commands = commands + [typed(each) for each in (before, command) if each]
     return [start, *checkpoints], commands
@@ -271,12 +279,12 @@ def pack_transformed(command: Sequence[str], folder: Path, transform: Transform)
 
 
 def measure(finding: Finding, label: str, seed: int, lab: Lab) -> dict[str, Any]:
-    """An arm's points in one seed, with the commands that made them and the seconds they took."""
-    arm, points, begin = finding.arms[label], [], time.monotonic()
+    """An arm's points in one seed, how sure they are, and the commands that made them."""
+    arm, points, asked = finding.arms[label], [], dict[str, Any]()
     checkpoints, commands = make_arm(arm, seed, lab)
-    evaluation = evaluation_of(finding, seed, lab.quick)
-    asked = short_hash(evaluation + hash_program(finding.evaluator))
-    out = lab.folder / key_of(arm, seed, lab) / "eval" / asked
+    evaluation = evaluation_of(finding, arm, seed, lab.quick)
+    folder = lab.folder / key_of(arm, seed, lab)
+    out = folder / "eval" / short_hash(evaluation)
     for checkpoint in checkpoints if finding.along else checkpoints[-1:]:
         command = [*evaluation, "--model", shown_path(checkpoint), "--out", shown_path(out)]
         path = out / f"{checkpoint.name}.json"
@@ -284,84 +292,137 @@ def measure(finding: Finding, label: str, seed: int, lab: Lab) -> dict[str, Any]
             if not path.exists():
                 run_program(command, out / f"{checkpoint.name}.log")
         step = 0 if checkpoint is checkpoints[0] else step_of(checkpoint)
-        points.append(point_of(json.loads(path.read_text()), step))
+        point, asked = read_evaluation(json.loads(path.read_text()), step)
+        points.append(point)
         commands = [*commands, typed(command)]
-    return {"points": points, "commands": commands,
-            "seconds": round(time.monotonic() - begin, 1)}
+    seconds = float((folder / "done").read_text()) if arm.command else 0.0
+    return {"points": points, "asked": asked, "commands": commands, "seconds": seconds}
 
 
-def evaluation_of(finding: Finding, seed: int, quick: bool) -> list[str]:
-    """The command line that asks a model a finding's questions, but for the model."""
-    return [*shlex.split(finding.evaluator), "--tasks", finding.tasks, "--lengths", finding.lengths,
-            "--samples", str(16 if quick else finding.samples), "--seed", str(seed)]
+def evaluation_of(finding: Finding, arm: Arm, seed: int, quick: bool) -> list[str]:
+    """The command line that asks an arm a finding's questions, but for the model."""
+    return [*shlex.split(finding.evaluator), "--tasks", finding.tasks, "--lengths",
+            arm.lengths or finding.lengths, "--samples", str(16 if quick else finding.samples),
+            "--seed", str(seed)]
 
 
-def point_of(evaluation: dict[str, Any], step: int) -> Point:
-    """What eval.py wrote, as one flat row."""
+def read_evaluation(evaluation: dict[str, Any], step: int) -> tuple[Point, dict[str, Any]]:
+    """What tasks.py wrote: a flat row of scores, and how many contexts and what interval each has.
+
+    "recall@8k even" and "odd" are the scores in every other context: one half can choose an arm,
+    and the other half judge the choice.
+    """
     point: Point = {"step": step}
+    asked: dict[str, Any] = {}
     for row in evaluation["results"]:
-        point[f"{row['task']}@{format_length(row['length'])}"] = row["score"]
+        name = f"{row['task']}@{format_length(row['length'])}"
+        halves: tuple[list[float], list[float]] = ([], [])
+        for p in row["predictions"]:
+            halves[p["context"] % 2].append(p["score"])
+        point[name] = row["score"]
+        for half, scores in zip(("even", "odd"), halves, strict=True):
+            point[f"{name} {half}"] = statistics.fmean(scores or [row["score"]])
+        asked[name] = {"contexts": 1 + row["predictions"][-1]["context"],
+                       "low": round(row["low"], 4), "high": round(row["high"], 4)}
     for row in evaluation["bits_per_byte"]:
         point[f"bits/byte {row['name']}"] = row["bits_per_byte"]
-    return point
+    for name, bits in evaluation["answer_bits"].items():
+        point[f"answer bits {name}"] = bits
+    return point, asked
 
 
 # --- 3. A finding ---------------------------------------------------------------------------------
 
 
-def run_finding(finding: Finding, seeds: Sequence[int], lab: Lab, command: str) -> dict[str, Any]:
-    """Make and measure all arms in all seeds; return what docs/figures/lab/<name>.json holds."""
-    if finding.compute:
-        arms = compute_arms(finding, seeds, lab, command)
-    else:
-        arms = train_arms(finding, seeds, lab)
-    version = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT,
-                             capture_output=True, text=True).stdout.strip()
+def train_seeds(findings: Sequence[Finding], seeds: Sequence[int], lab: Lab) -> Iterator[int]:
+    """Make and measure all arms, `lab.jobs` at a time; say after each seed how many are done."""
+    print(f"about {expected_minutes(findings, seeds, lab):.0f} minutes on idle cores, less what is "
+          f"in {shown_path(lab.folder)} already", flush=True)
+    with ThreadPoolExecutor(lab.jobs) as pool:
+        if any(finding.arms for finding in findings):  # first, because the arms share them
+            list(pool.map(lambda seed: find_start("long", seed, lab), seeds))
+        for n, seed in enumerate(seeds, 1):
+            waiting = [pool.submit(measure, finding, label, seed, lab)
+                       for finding in findings for label in finding.arms]
+            for future in tqdm(as_completed(waiting), f"seed {seed}", len(waiting), disable=None):
+                if future.exception():
+                    pool.shutdown(cancel_futures=True)  # an error need not wait for other arms
+                future.result()
+            yield n
+
+
+@cache
+def code_version() -> str:
+    """The commit, as it was when the lab was opened."""
+    return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT,
+                          capture_output=True, text=True).stdout.strip() or "unknown"
+
+
+def collect(finding: Finding, seeds: Sequence[int], lab: Lab, command: str) -> dict[str, Any]:
+    """What docs/figures/lab/<name>.json holds, from what `train_seeds` made."""
+    arms: dict[str, Any] = defaultdict(lambda: defaultdict(dict))
+    for seed in seeds:
+        found = {label: measure(finding, label, seed, lab) for label in finding.arms}
+        if finding.compute:
+            counts = finding.compute(seed, lab.quick)
+            found = {label: {"points": counts[label], "commands": [command]} for label in counts}
+        for label, record in found.items():
+            arms[label].setdefault("commands", record.pop("commands"))
+            for name, value in record.items():
+                arms[label][name][str(seed)] = value
     machine = f"{platform.machine()}, {os.cpu_count()} CPU cores, one thread an arm"
     return {"finding": finding.name, "title": finding.title, "source": finding.source,
             "claim": finding.claim, "why": finding.why, "command": command,
-            "date": date.today().isoformat(), "commit": version or "unknown", "machine": machine,
+            "date": date.today().isoformat(), "commit": code_version(), "machine": machine,
             "seeds": list(seeds), "quick": lab.quick, "contrasts": judge(finding, arms, seeds),
             "arms": arms}
 
 
-def compute_arms(finding: Finding, seeds: Sequence[int], lab: Lab, command: str) -> dict[str, Any]:
-    arms: dict[str, Any] = {}
-    assert finding.compute is not None
-    for seed in tqdm(seeds, desc=finding.name, unit="seed", disable=None):
-        for label, points in finding.compute(seed, lab.quick).items():
-            arm = arms.setdefault(label, {"points": {}, "commands": [command]})
-            arm["points"][str(seed)] = points
-    return arms
+# Seconds of an AMD EPYC core (Zen 4), 2026-11-25: a million tokens in documents of n take a + b * n
+# in training and a third of that in answering, and a process begins in 8.
+SECONDS, BEGIN = (60.0, 0.010), 8.0
+CONTEXTS = {"icl": 32, "recall_bare": 1, "chat_value": 25, "chat_label": 25}  # as long ones; or 52
 
 
-def train_arms(finding: Finding, seeds: Sequence[int], lab: Lab) -> dict[str, Any]:
-    for seed in seeds:  # first, because the arms share them
-        for stage in sorted({stage_of(arm) for arm in finding.arms.values()}):
-            find_start(stage, seed, lab)
-    measured: dict[tuple[str, int], dict[str, Any]] = {}
-    with ThreadPoolExecutor(lab.jobs) as pool:
-        waiting = {pool.submit(measure, finding, label, seed, lab): (label, seed)
-                   for seed in seeds for label in finding.arms}
-        for future in tqdm(as_completed(waiting), finding.name, len(waiting), unit="arm",
-                           disable=None):
-            if future.exception():
-                pool.shutdown(cancel_futures=True)  # an error need not wait for the other arms
-            measured[waiting[future]] = future.result()
-    return {label: {"points": {str(seed): measured[label, seed]["points"] for seed in seeds},
-                    "commands": measured[label, seeds[0]]["commands"],
-                    "seconds": {str(seed): measured[label, seed]["seconds"] for seed in seeds}}
-            for label in finding.arms}
+def expected_minutes(findings: Sequence[Finding], seeds: Sequence[int], lab: Lab) -> float:
+    """How long it takes if nothing is there yet, `lab.jobs` arms at a time."""
+    seconds: dict[str, float] = {}  # by what is made or asked, so that nothing counts twice
 
+    def add(name: str, *parts: tuple[float, int]) -> None:  # tokens, in documents of
+        seconds[name] = BEGIN + sum(n * (SECONDS[0] + SECONDS[1] * size) / 1e6 for n, size in parts)
 
-def stage_of(arm: Arm) -> str:
-    return stage_of(arm.start) if isinstance(arm.start, Arm) else arm.start
+    for finding in findings:
+        for arm in finding.arms.values():
+            points = 1 + arm.steps // arm.every if finding.along else 1
+            contexts = points * sum(CONTEXTS.get(task, 52) for task in finding.tasks.split(","))
+            lengths = map(parse_length, (arm.lengths or finding.lengths).split(","))
+            add(f"{arm} {evaluation_of(finding, arm, 0, False)}",
+                *((contexts * n / 3, n) for n in lengths))
+            each: str | Arm = arm
+            while isinstance(each, Arm):
+                words = each.command.split()
+                if words:
+                    size, batch = (parse_length(words[words.index(option) + 1])
+                                   for option in ("--seq", "--batch-tokens"))
+                    add(str(each), (each.steps * batch, size))
+                each = each.start
+            add("start", *((STAGES[name].tokens, STAGES[name].seq_len) for name in START_STAGES))
+    return len(seeds) * sum(seconds.values()) / 60 / lab.jobs
 
 
 # --- 4. From numbers to a verdict -----------------------------------------------------------------
 
-# Student's t at 97.5%, for 1, 2, ... degrees of freedom: half a 95% interval in standard errors
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+VERDICTS = {"agree": "C2", "disagree": "C3", "alike": "C0", "not told apart": "0.6"}  # with colors
+NEW_SEEDS = (3, 4, 5, 6, 7)  # nobody had seen them when the primary contrasts were named
+
+
+@cache
+def student(df: int, inside: float = 0.95) -> float:
+    """How many standard errors hold `inside` of Student's t: 12.706 for 1 degree of freedom."""
+    t = (np.arange(200_000) + 0.5) / 10_000  # we integrate the density from 0 to 20
+    scale = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - math.log(math.pi * df) / 2
+    density = np.exp(scale - (df + 1) / 2 * np.log1p(t * t / df))
+    return float(np.interp(inside / 2, np.cumsum(density) / 10_000, t + 0.5 / 10_000))
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
@@ -369,36 +430,62 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float |
     mean, n = statistics.fmean(values), len(values)
     if n < 2:
         return mean, None, None
-    half = STUDENT[min(n - 1, len(STUDENT)) - 1] * statistics.stdev(values) / n**0.5
+    half = student(n - 1) * statistics.stdev(values) / n**0.5
     return mean, mean - half, mean + half
 
 
-def verdict(differences: Sequence[float]) -> str:
-    """What paired differences, positive where the paper is right, say about its claim."""
+def verdict(differences: Sequence[float], margin: float, floor: float = 0.0) -> str:
+    """What paired differences, one a seed, say about a claim that they are above `floor`.
+
+    "agree" if the whole interval is above the floor, "disagree" if it is below. A claim of a
+    difference (floor 0) is "alike" if the interval holds 0 and lies within the margin.
+    """
     _, low, high = mean_interval(differences)
     if low is None or high is None:
         return "one seed"
-    return "agree" if low > 0 else "disagree" if high < 0 else "not told apart"
+    if low > floor or high < floor:
+        return "agree" if low > floor else "disagree"
+    return "alike" if floor == 0 and -margin <= low <= high <= margin else "not told apart"
+
+
+def seeds_needed(differences: Sequence[float], floor: float = 0.0) -> int | None:
+    """How many seeds would tell the mean from the floor, if it and the spread stay as they are."""
+    effect, spread = abs(statistics.fmean(differences) - floor), statistics.stdev(differences)
+    return next((n for n in range(2, 1001) if student(n - 1) * spread < effect * n**0.5), None)
 
 
 def judge(finding: Finding, arms: dict[str, Any], seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """Every contrast of a finding: its difference in each seed, mean, interval and verdict."""
+    """Every contrast of a finding, the primary first: by seed, mean, interval and sign-flip test.
+
+    The primary has a verdict, from all seeds and from the new ones alone. Counts have none.
+    """
     rows = []
-    for name, difference in finding.contrasts.items():
+    for name, difference in (finding.primary | finding.others).items():
         values = [difference({label: arm["points"][str(seed)] for label, arm in arms.items()})
                   for seed in seeds]
         mean, low, high = mean_interval(values)
-        rows.append({"contrast": name, "differences": values, "mean": mean, "low": low,
-                     "high": high, "verdict": verdict(values)})
+        row = {"contrast": name, "differences": values, "mean": mean, "low": low, "high": high,
+               "p": paired_p_value([value - finding.floor for value in values])}
+        if name in finding.primary and not finding.compute:
+            new = [value for seed, value in zip(seeds, values, strict=True) if seed in NEW_SEEDS]
+            row |= {"margin": finding.margin, "floor": finding.floor,
+                    "verdict": verdict(values, finding.margin, finding.floor), "new": new,
+                    "new verdict": verdict(new, finding.margin, finding.floor) if new else ""}
+        rows.append(row)
     return rows
 
 
 # --- 5. Tables and pictures -----------------------------------------------------------------------
 
 
-def values_of(result: dict[str, Any], label: str, metric: str, i: int = -1) -> list[float]:
-    """One number a seed: an arm's metric at its i-th point."""
-    return [points[i][metric] for points in result["arms"][label]["points"].values()]
+def runs_of(result: dict[str, Any], label: str) -> list[list[Point]]:
+    """An arm's points, a list a seed."""
+    return list(result["arms"][label]["points"].values())
+
+
+def values_of(result: dict[str, Any], label: str, metric: str) -> list[float]:
+    """One number a seed: an arm's metric at its end."""
+    return [points[-1][metric] for points in runs_of(result, label)]
 
 
 def show(values: Sequence[float]) -> str:
@@ -406,44 +493,86 @@ def show(values: Sequence[float]) -> str:
     return f"{mean:z.3f}" if low is None else f"{mean:z.3f} [{low:z.2f}, {high:z.2f}]"
 
 
-def markdown_table(results: Iterable[dict[str, Any]]) -> str:
-    """A row for each finding: the paper's direction beside the first of its contrasts."""
-    lines = ["| finding | paper | here: mean [95% interval over seeds] | seeds with the paper "
-             "| agrees? |", "|---|---|---|---|---|"]
-    for result in results:
-        row = result["contrasts"][0]
-        seeds = f"{sum(value > 0 for value in row['differences'])} of {len(row['differences'])}"
-        name = f"[{result['finding']}](#{result['finding']}) ({result['source']})"
-        lines.append(f"| {name} | {result['claim']} | {row['contrast']}: "
-                     f"{show(row['differences'])} | {seeds} | {row['verdict']} |")
-    return "\n".join(lines)
+def verdict_of(result: dict[str, Any]) -> str:
+    return result["contrasts"][0].get("verdict", "a count")
 
 
-def markdown_section(finding: Finding, result: dict[str, Any]) -> str:
+def contexts_of(result: Any) -> str:
+    """How many contexts each task asked about: "recall 52, icl 32"."""
+    counts = {metric.partition("@")[0]: row["contexts"] for arm in result["arms"].values()
+              for asked in arm.get("asked", {}).values() for metric, row in asked.items()}
+    return ", ".join(f"{task} {n}" for task, n in counts.items())
+
+
+def markdown_tables(findings: Iterable[Finding], results: dict[str, dict[str, Any]]) -> str:
+    """Each finding's primary contrast and verdict; in a table below, the counts, without one."""
+    lines = ["| finding | paper | primary contrast: mean [95% interval over seeds] | sign flip, p "
+             "| seeds with the paper | contexts | seeds 3 to 7 alone | agrees? |", "|---" * 8 + "|"]
+    counts = ["", "| counted | paper | here: mean [95% interval over seeds] |", "|---" * 3 + "|"]
+    for finding in findings:
+        result, (contrast,) = results.get(finding.name), finding.primary
+        row = result["contrasts"][0] if result else {}
+        mean = show(row["differences"]) if row else "not run here"
+        text = (f"| [{finding.name}](#{finding.name}) ({finding.source}) | {finding.claim} "
+                f"| {contrast}: {mean} |")
+        if finding.compute:
+            counts.append(text)
+        elif row:
+            right = sum(value > row["floor"] for value in row["differences"])
+            new = f"{show(row['new'])}, {row['new verdict']}" if row["new"] else ""
+            lines.append(f"{text} {row['p']:.3f} | {right} of {len(row['differences'])} "
+                         f"| {contexts_of(result)} | {new} | {row['verdict']} |")
+        else:
+            lines.append(text + " |" * 5)
+    return "\n".join(lines + counts)
+
+
+def noise_of(result: Any, metric: str) -> str:
+    """How far an arm's score is off because few contexts were asked, and how far seeds differ."""
+    arms = {label: [asked[metric] for asked in arm.get("asked", {}).values() if metric in asked]
+            for label, arm in result["arms"].items()}
+    asking = [(row["high"] - row["low"]) / 3.92 for rows in arms.values() for row in rows]
+    seeds = [statistics.stdev(values_of(result, label, metric)) for label, rows in arms.items()
+             if len(rows) > 1]
+    return (f"{metric} {statistics.fmean(asking):.3f} from asking, {statistics.fmean(seeds):.3f} "
+            "between seeds" if seeds else "")
+
+
+def markdown_section(finding: Finding, result: dict[str, Any] | None) -> str:
     """One finding on docs/FINDINGS.md: figure, arms by metrics, contrasts, and our comment."""
-    first = next(iter(result["arms"].values()))["points"][str(result["seeds"][0])][-1]
-    metrics = [metric for metric in finding.shown if metric in first]
-    lines = [f"## {finding.name}", "",
-             f"**{finding.title}** ({finding.source}). The paper: {finding.claim}.", "",
-             f"![{finding.title}](figures/lab/{finding.name}.png)", "",
-             f"| arm | {' | '.join(metrics)} |", "|---|" + "---|" * len(metrics)]
+    lines = [f"## {finding.name}", "", f"**{finding.title}** ({finding.source}). The paper: "
+             f"{finding.claim}.", "", f"{finding.why[0].upper()}{finding.why[1:]}.", ""]
+    if result is None:
+        return "\n".join([*lines, f"Arms: {'; '.join(finding.arms)}. Contrasts, the primary first: "
+                          f"{'; '.join(finding.primary | finding.others)}. Not run here.", ""])
+    ends = [points[-1] for arm in result["arms"].values() for points in arm["points"].values()]
+    metrics = [metric for metric in finding.shown if any(metric in end for end in ends)]
+    lines += [f"![{finding.title}](figures/lab/{finding.name}.png)", "",
+              f"| arm | {' | '.join(metrics)} |", "|---|" + "---|" * len(metrics)]
     for label in result["arms"]:
-        cells = (show(values_of(result, label, metric)) for metric in metrics)
+        there = runs_of(result, label)[0][-1]
+        cells = (show(values_of(result, label, m)) if m in there else "" for m in metrics)
         lines.append(f"| {label} | {' | '.join(cells)} |")
-    lines += ["", "| the paper says more than 0 | each seed | mean [95% interval] | agrees? |",
-              "|---|---|---|---|"]
+    lines += ["", "| the paper says more than 0 | each seed | mean [95% interval] | sign flip, p "
+              "| agrees? |", "|---|---|---|---|---|"]
     for row in result["contrasts"]:
         seeds = ", ".join(f"{value:z.3f}" for value in row["differences"])
-        lines.append(f"| {row['contrast']} | {seeds} | {show(row['differences'])} "
-                     f"| {row['verdict']} |")
-    why = finding.why and finding.why[0].upper() + finding.why[1:].rstrip(".") + "."
-    lines += ["", *([why, ""] if why else []),
-              f"`{result['command']}`, commit {result['commit']}, {result['date']}.", ""]
-    return "\n".join(lines)
+        floor, margin = row.get("floor"), row.get("margin")  # of the primary contrast
+        bound = f" (more than {floor:g})" if floor else f" (within {margin}: alike)" * bool(margin)
+        lines.append(f"| {row['contrast']}{bound} | {seeds} | {show(row['differences'])} "
+                     f"| {row['p']:.3f} | {row.get('verdict', '')} |")
+    noise = "; ".join(text for metric in metrics if (text := noise_of(result, metric)))
+    lines += ["", f"Noise, in standard deviations of one arm: {noise}."] * bool(noise)
+    if verdict_of(result) == "not told apart":
+        row = result["contrasts"][0]
+        needed = seeds_needed(row["differences"], row["floor"]) or "more than 1,000"
+        lines += ["", f"With this mean and spread it would take {needed} seeds to tell them apart."]
+    return "\n".join([*lines, "", f"`{result['command']}`, commit {result['commit']}, "
+                      f"{result['date']}.", ""])
 
 
-def draw(finding: Finding, result: dict[str, Any], path: Path) -> bool:
-    """Draw a result as its finding says. False where matplotlib, the `plots` extra, is missing."""
+def save_picture(paint: Callable[[Any], None], title: str, path: Path, height: float = 3.6) -> bool:
+    """Paint a figure and save it. False where matplotlib, the `plots` extra, is missing."""
     try:
         import matplotlib
     except ImportError:
@@ -451,84 +580,96 @@ def draw(finding: Finding, result: dict[str, Any], path: Path) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure = pyplot.figure(figsize=(7.5, 3.6), layout="constrained")
-    finding.draw(figure, result)
-    figure.suptitle(f"{result['title']} ({result['source']})", fontsize=10)
+    figure = pyplot.figure(figsize=(7.5, height), layout="constrained")
+    paint(figure)
+    figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     return True
 
 
-def fit_to_dots(axes: Any, values: Sequence[float]) -> None:
-    """Limit an axis to the seeds' values; the intervals may reach beyond what a score can be."""
-    low, high = min(values), max(values)
-    room = (high - low) / 4
-    axes.set_ylim((-0.03, 1.03) if 0 <= low <= high <= 1 else (low - room, high + room))
+def draw(finding: Finding, result: dict[str, Any], path: Path) -> bool:
+    """Draw a result as its finding says, with the verdict in the title."""
+    title = f"{finding.title} ({finding.source}): {verdict_of(result)}"
+    return save_picture(lambda figure: finding.draw(figure, result), title, path)
 
 
-def curve(axes: Any, x: Sequence[float], seeds: Sequence[Sequence[float]], label: str,
-          i: int) -> None:
-    """The i-th curve of a panel, `seeds` as [seed][x]: mean, intervals, and every seed a dot."""
-    x = [place + 0.012 * i * (x[-1] - x[0]) for place in x]  # aside, so that no dot hides another
-    means, lows, highs = zip(*map(mean_interval, zip(*seeds, strict=True)), strict=True)
-    axes.plot(x, means, color=f"C{i}", label=label)
-    if len(seeds) > 1:
-        axes.vlines(x, lows, highs, color=f"C{i}", linewidth=1, alpha=0.6)
-    for values in seeds:
-        axes.plot(x, values, ".", color=f"C{i}", markersize=5)
+def draw_forest(results: Iterable[dict[str, Any]], path: Path) -> bool:
+    """A row a finding: its primary contrast, the interval, a dot a seed, colored by the verdict."""
+    rows = {result["finding"]: result["contrasts"][0] for result in results
+            if result["contrasts"][0].get("verdict", "one seed") != "one seed"}
+
+    def paint(figure: Any) -> None:
+        axes = figure.subplots()
+        for name, color in VERDICTS.items():
+            for y, row in enumerate(rows.values()):
+                if row["verdict"] == name:
+                    values = row["differences"]
+                    axes.plot([row["low"], row["high"]], [y, y], color=color, linewidth=3)
+                    axes.plot(values, [y] * len(values), ".", color=color, markersize=4, alpha=0.6)
+                    axes.plot(row["mean"], y, "o", color=color)
+                    axes.plot([row["floor"]] * 2, [y - 0.4, y + 0.4], color="black", linewidth=1)
+            axes.plot([], [], color=color, linewidth=3, label=name)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.invert_yaxis()
+        axes.set(xlabel="primary contrast, positive where the paper is right", xlim=(-1, 1))
+        axes.legend(fontsize=8)
+
+    title = "The primary contrast of every finding, with its 95% interval over seeds"
+    return save_picture(paint, title, path, height=1.5 + 0.3 * len(rows))
+
+
+Panels = dict[str, tuple[Sequence[Any], dict[str, Any]]]  # title: (ticks, {label: [seed][tick]})
+
+
+def paint_panels(figure: Any, panels: Panels, xlabel: str = "") -> None:
+    """Panels of curves; of each curve every seed is a thin line with dots, the mean a thick one."""
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, (ticks, curves)) in zip(all_axes, panels.items(), strict=True):
+        x, dots = range(len(ticks)), list[float]()
+        for i, (label, seeds) in enumerate(curves.items()):
+            for values in seeds:
+                axes.plot(x, values, ".-", color=f"C{i}", linewidth=0.6, markersize=3, alpha=0.5)
+                dots += values
+            means = [statistics.fmean(values) for values in zip(*seeds, strict=True)]
+            axes.plot(x, means, color=f"C{i}", linewidth=2.5, label=label)
+        low, high = min(dots), max(dots)
+        room = (high - low) / 4
+        axes.set_ylim((-0.03, 1.03) if 0 <= low <= high <= 1 else (low - room, high + room))
+        axes.set_title(title, fontsize=8)
+        slanted = {"rotation": 30, "ha": "right"} if len("".join(map(str, ticks))) > 25 else {}
+        axes.set_xticks(x, ticks, fontsize=8, **slanted)
+        axes.set_xlabel(xlabel)
+        if len(curves) > 1:
+            axes.legend(fontsize=7)
 
 
 def by_length(lengths: str, panels: dict[str, tuple[str, list[str] | None]]) -> Painter:
     """Scores by context length, a curve for each arm. `panels` is {title: (task, arms or all)}."""
-
-    def paint(figure: Any, result: dict[str, Any]) -> None:
-        names = lengths.split(",")
-        all_axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-        for axes, (title, (task, labels)) in zip(all_axes, panels.items(), strict=True):
-            for i, label in enumerate(labels or result["arms"]):
-                seeds = [[points[-1][f"{task}@{name}"] for name in names]
-                         for points in result["arms"][label]["points"].values()]
-                curve(axes, range(len(names)), seeds, label, i)
-            axes.set(xlabel="context length in tokens", title=title, ylim=(-0.03, 1.03))
-            axes.set_xticks(range(len(names)), names)
-            axes.legend(fontsize=8)
-        all_axes[0].set_ylabel("share of right answers")
-
-    return paint
+    names = lengths.split(",")
+    return lambda figure, result: paint_panels(figure, {title: (names, {
+        label: [[points[-1][f"{task}@{name}"] for name in names]
+                for points in runs_of(result, label)]
+        for label in labels or result["arms"]})
+        for title, (task, labels) in panels.items()}, "context length in tokens")
 
 
 def by_step(metrics: Sequence[str]) -> Painter:
     """Metrics along an arm's training, a panel for each arm."""
-
-    def paint(figure: Any, result: dict[str, Any]) -> None:
-        panels = figure.subplots(1, len(result["arms"]), squeeze=False, sharey=True)[0]
-        for axes, (label, arm) in zip(panels, result["arms"].items(), strict=True):
-            runs = list(arm["points"].values())
-            steps = [point["step"] for point in runs[0]]
-            for i, metric in enumerate(metrics):
-                curve(axes, steps, [[point[metric] for point in run] for run in runs], metric, i)
-            axes.set(xlabel="step", title=label, ylim=(-0.03, 1.03))
-        panels[0].set_ylabel("share of right answers")
-        panels[-1].legend(fontsize=8)
-
-    return paint
+    return lambda figure, result: paint_panels(figure, {label: (
+        [point["step"] for point in runs_of(result, label)[0]],
+        {metric: [[point[metric] for point in points] for points in runs_of(result, label)]
+         for metric in metrics}) for label in result["arms"]}, "step")
 
 
 def bars(metrics: Sequence[str]) -> Painter:
-    """A panel for each metric, in it a bar for each arm."""
-
+    """A panel for each metric, in it the arms that have it, side by side."""
     def paint(figure: Any, result: dict[str, Any]) -> None:
-        labels = list(result["arms"])
-        panels = figure.subplots(1, len(metrics), squeeze=False)[0]
-        for axes, metric in zip(panels, metrics, strict=True):
+        panels: Panels = {}
+        for metric in metrics:
+            labels = [label for label in result["arms"] if metric in runs_of(result, label)[0][-1]]
             columns = [values_of(result, label, metric) for label in labels]
-            for i, values in enumerate(columns):
-                mean, low, high = mean_interval(values)
-                error = None if low is None or high is None else [[mean - low], [high - mean]]
-                axes.bar(i, mean, color=f"C{i}", alpha=0.5, yerr=error, capsize=3)
-                axes.plot([i] * len(values), values, ".", color="black", markersize=4)
-            axes.set_ylim(0, 1.15 * max(map(max, columns)) or 1)
-            axes.set_title(metric, fontsize=8)
-            axes.set_xticks(range(len(labels)), labels, rotation=30, ha="right", fontsize=8)
+            panels[metric] = labels, {"": list(map(list, zip(*columns, strict=True)))}
+        paint_panels(figure, panels)
 
     return paint

@@ -1,19 +1,17 @@
 """What neighbouring papers do to documents, positions and the loss, around the five files.
 
-    python experiments/neighbours.py pack knots --seq 8k --sequences 60 --out packs/knots-8k
-    python experiments/neighbours.py pack decomposed --seq 8k --sequences 60 --out packs/decomposed
     python experiments/neighbours.py train --skip-to 8k --stage long --init runs/tiny --no-eval
     python experiments/neighbours.py sft --average documents --init runs/tiny
 
-`pack` writes a folder that `train.py --data` reads, `train` and `sft` run train.py and sft.py with
-one thing replaced in this process.
+`train` and `sft` run train.py and sft.py with one thing replaced in this process; for knots and
+decomposed documents, packs.py rewrites the packs that train.py reads.
 
     knot            Untie the Knots, 2409.04774        short documents, chunked and tied into one
     decompose       Dataset Decomposition, 2405.13226  pieces of 2^k tokens, batches of one size
     skip_positions  PoSE, 2309.10400                   a short document at positions of a long one
     average_by      LongAlign, 2401.18058              every conversation of a pack weighs the same
 
-The findings `neighbours` and `sft-loss` of experiments/run.py compare them with ProLong's own ways.
+The findings `neighbours`, `decomposition` and `sft-loss` of experiments/run.py use them.
 """
 
 from __future__ import annotations
@@ -37,7 +35,7 @@ import data
 import model
 import sft
 import train
-from data import Document, PackedSequence, PackReport, Tokenizer, parse_length
+from data import Document, PackedSequence, Tokenizer, parse_length
 
 # --- 1. Untie the Knots ---------------------------------------------------------------------------
 #
@@ -290,51 +288,15 @@ def make_decomposed(tokenizer: Tokenizer, seq_len: int, n: int, seed: int, share
     return [order[i] for i in np.sort(rng.choice(len(order), n, replace=False))]
 
 
-def pack(args: argparse.Namespace) -> None:
-    tokenizer, report = data.load_tokenizer(), PackReport()
-    if args.way == "knots":
-        sequences = make_knots(tokenizer, args.seq, args.sequences, args.seed)
-    else:
-        shares = data.parse_mixture(args.mix)
-        made = make_decomposed(tokenizer, args.seq, args.sequences, args.seed, shares)
-        sequences = in_drawing_order(made, args.out.name, args.seed)
-    report.documents_in = sum(len(s.doc_lens) for s in sequences)
-    report.tokens_in = report.tokens_packed = len(sequences) * args.seq
-    data.write_packed(args.out, sequences, tokenizer, args.seq, args.out.name, args.seed, report)
-    data.inspect(str(args.out))
-
-
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """This file's own options, and those that are left for train.py or sft.py."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    packer = commands.add_parser("pack", allow_abbrev=False)
-    packer.add_argument("way", choices=("knots", "decomposed"))
-    packer.add_argument("--seq", type=parse_length, default=8192, help="tokens of a sequence")
-    packer.add_argument("--sequences", type=int, default=60, help="how many")
-    packer.add_argument("--mix", default="recall-8k=0.7,code_repos-8k=0.3", help="what is "
-                                                                                 "decomposed")
-    packer.add_argument("--out", type=Path, required=True, help="the folder to write")
-    packer.add_argument("--seed", type=int, default=0)
-    for name in ("train", "sft"):
-        runner = commands.add_parser(name, allow_abbrev=False, add_help=False)
-        runner.add_argument("--skip-to", type=parse_length, help="jump in each document, up to "
-                                                                 "this position")
-        runner.add_argument("--average", choices=("documents", "sequences"), help="what weighs the "
-                                                                                  "same")
-    args, others = parser.parse_known_args(argv)
-    if args.command == "pack" and others:
-        parser.error(f"unknown: {' '.join(others)}")
-    return args, others
-
-
-def main() -> None:
-    args, others = parse()
-    if args.command == "pack":
-        pack(args)
-    else:
-        run(args, others)
+    parser.add_argument("command", choices=("train", "sft"))
+    parser.add_argument("--skip-to", type=parse_length,
+                        help="jump in each document, up to this position")
+    parser.add_argument("--average", choices=("documents", "sequences"), help="what weighs 1")
+    return parser.parse_known_args(argv)
 
 
 def run(args: argparse.Namespace, others: list[str]) -> None:
@@ -353,4 +315,4 @@ def run(args: argparse.Namespace, others: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    data.run_main(main)
+    data.run_main(lambda: run(*parse()))

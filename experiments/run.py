@@ -1,14 +1,15 @@
 """The paper's findings in small, one command each: train, measure, draw, and say whether we agree.
 
     python experiments/run.py --list                      what there is
-    python experiments/run.py rope-base                   three seeds, figure and table
+    python experiments/run.py rope-base                   eight seeds, figure and table
     python experiments/run.py rope-base --seeds 0 --quick two steps, few questions: does it run?
-    python experiments/run.py --all
+    python experiments/run.py --all                       seed after seed; run again, it goes on
     python experiments/run.py --table                     the results in a table
-    python experiments/run.py --page > docs/FINDINGS.md   all results, with figures
+    python experiments/run.py --page                      all results, in docs/FINDINGS.md
 
 The first run trains a start for each seed (base and long stage of the tiny recipe, minutes on one
 thread); `--starts DIR` takes those of DIR/SEED. Results are docs/figures/lab/FINDING.json and .png.
+`--page` leaves the head of docs/FINDINGS.md, with the rules, as it is.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import json
 import os
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,22 +32,9 @@ import lab  # noqa: E402
 from data import run_main  # noqa: E402
 from support.cli import choose  # noqa: E402
 
+PAGE, HEADING = ROOT / "docs" / "FINDINGS.md", "## All findings"
 FINDINGS: dict[str, lab.Finding] = {
     finding.name: finding for finding in [*findings_context.FINDINGS, *findings_data.FINDINGS]}
-
-PAGE = """# The paper's findings in small
-
-Each was made by one command with three seeds, by models of 140,000 parameters, on two cores. In
-`recall` a model copies the values of keys, in `icl` it labels symbols from examples (support/toy.py
-shows both). Arms are compared within a seed, and intervals are Student's over the seeds. *Agree*:
-the whole interval lies where the paper says. *Disagree*: it lies on the other side. *Not told
-apart*: zero is inside. With three seeds only large effects are told apart.
-`python experiments/run.py --page` prints this page.
-
-All were made by the commits that they name, when recall had 32 symbols. Today's recipe has 85, of
-which none stands twice in a document. With it no finding has been run again.
-"""
-
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
@@ -57,8 +44,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--list", action="store_true", help="list the findings and end")
     add("--all", action="store_true", help="run all findings")
     add("--table", action="store_true", help="print the summary of the results in --out")
-    add("--page", action="store_true", help="print all results in --out, with figures")
-    add("--seeds", default="0,1,2", help="seeds, with commas (default: 0,1,2)")
+    add("--page", action="store_true", help="write docs/FINDINGS.md below its head, from --out")
+    add("--seeds", default="0,1,2,3,4,5,6,7", help="seeds, with commas (default: 0 to 7)")
     add("--quick", action="store_true", help="two steps and sixteen questions; kept apart")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="arms at a time (all cores)")
     add("--starts", type=Path, default=None, help="DIR/SEED is a run of the tiny recipe")
@@ -81,26 +68,32 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{finding.name:<{width}}  {finding.claim} ({finding.source})")
     place = lab.Lab(folder, args.starts and args.starts.resolve(), args.quick, args.jobs)
     seeds = [int(seed) for seed in args.seeds.split(",")]
-    for finding in findings:
-        begin = time.monotonic()
-        command = ["python", "experiments/run.py", finding.name, "--seeds", args.seeds]
-        command += ["--quick"] * args.quick
-        result = lab.run_finding(finding, seeds, place, shlex.join(command))
-        out.mkdir(parents=True, exist_ok=True)
-        path = out / f"{finding.name}.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        print(lab.markdown_section(finding, result))
-        drawn = lab.draw(finding, result, path.with_suffix(".png"))
-        picture = "and .png" if drawn else "; no picture: install the `plots` extra"
-        print(f"{path} {picture}, {time.monotonic() - begin:.0f} s", flush=True)
+    for n in lab.train_seeds(findings, seeds, place) if findings else ():
+        for finding in findings:
+            asked = ",".join(map(str, seeds[:n]))
+            command = ["python", "experiments/run.py", finding.name, "--seeds", asked,
+                       *["--quick"] * args.quick]
+            result = lab.collect(finding, seeds[:n], place, shlex.join(command))
+            out.mkdir(parents=True, exist_ok=True)
+            path = out / f"{finding.name}.json"
+            path.write_text(json.dumps(result, indent=1) + "\n")
+            if n == len(seeds):
+                print(lab.markdown_section(finding, result))
+                drawn = lab.draw(finding, result, path.with_suffix(".png"))
+                print(path, "and .png" if drawn else "; no picture: install the `plots` extra")
     results = {name: json.loads((out / f"{name}.json").read_text()) for name in FINDINGS
                if (out / f"{name}.json").exists()}
+    table = lab.markdown_tables(FINDINGS.values(), results)
+    if findings and not args.quick:
+        lab.draw_forest(results.values(), out / "forest.png")
     if args.table:
-        print(lab.markdown_table(results.values()))
+        print(table)
     if args.page:
-        print(PAGE, lab.markdown_table(results.values()), "", sep="\n")
-        for name, result in results.items():
-            print(lab.markdown_section(FINDINGS[name], result))
+        sections = [lab.markdown_section(FINDINGS[name], results.get(name)) for name in FINDINGS]
+        head = PAGE.read_text().partition(HEADING)[0]
+        forest = (out / "forest.png").exists()
+        shown = ["![Primary contrasts by finding](figures/lab/forest.png)", ""] * forest
+        PAGE.write_text("\n".join([head + HEADING, "", *shown, table, "", *sections]))
     if not (findings or args.list or args.table or args.page):
         raise ValueError("nothing to do; name a finding, or --list, --all, --table or --page")
 

@@ -5,18 +5,23 @@
 `few` scatters 4 pairs in held-out code (as many keys as RULER's first multi-key needle task),
 `recall` 16, as in training. `recall_prose` has held-out prose, docstrings, where `recall` has code.
 `chat_value` and `chat_label` are sft.py's held-out questions about a context, asked in a
-conversation. All other options and results are eval.py's.
+conversation; with them the results have "answer_bits", the loss on held-out answers. All other
+options and results are eval.py's, but `few` and chat ask a quarter of --samples, so that `few` has
+as many contexts as recall.
 """
 
 from __future__ import annotations
 
 import ast
+import math
 import sys
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -24,6 +29,8 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import sft  # noqa: E402
+from experiments import synthetic  # noqa: E402
+from model import Transformer  # noqa: E402
 from support import installed, scores, toy  # noqa: E402
 
 
@@ -77,8 +84,39 @@ MORE_TASKS = {
 }
 
 
+@torch.no_grad()
+def answer_bits(model: Transformer, tokenizer: data.Tokenizer, seed: int) -> dict[str, float]:
+    """Bits per token of held-out answers: in chat, and in long synthetic conversations of 8K."""
+    kinds, bits = sft.question_kinds(tokenizer), {}
+    for name, conversations in {
+            "chat": sft.builtin_conversations(tokenizer, seed, kinds, 1024, held_out=True),
+            "synthetic": synthetic.conversations(tokenizer, "llama3", 8192, seed,
+                                                 synthetic.write_by_rule, held_out=True)}.items():
+        read, nats, answered = 0, 0.0, 0
+        while read < 2**17:
+            document = sft.encode_chat(tokenizer, next(conversations))
+            assert document.loss_mask is not None
+            batch = evaluation.pad_document(document.input_ids, document.loss_mask, 1)
+            loss, valid = model.loss(batch.input_ids, batch.labels, batch.doc_lens)
+            read, nats, answered = read + len(document), nats + float(loss), answered + int(valid)
+        bits[name] = nats / math.log(2) / answered
+    return bits
+
+
 def main() -> None:
     evaluation.TASKS.update(MORE_TASKS)
+    plan, evaluate = evaluation.plan_jobs, evaluation.evaluate
+
+    def fewer(*args: Any) -> list[tuple[str, int, int]]:
+        return [(task, length, -(-n // 4) if task == "few" or task.startswith("chat_") else n)
+                for task, length, n in plan(*args)]
+
+    def with_answers(model: Transformer, config: Any, *args: Any) -> dict[str, Any]:
+        tokenizer = data.tokenizer_for(config.model, config.tokenizer)
+        more = answer_bits(model, tokenizer, config.seed) if "chat_" in config.tasks else {}
+        return evaluate(model, config, *args) | {"answer_bits": more}
+
+    evaluation.plan_jobs, evaluation.evaluate = fewer, with_answers
     evaluation.main()
 
 
