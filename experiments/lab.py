@@ -303,7 +303,7 @@ def evaluation_of(finding: Finding, arm: Arm, seed: int, quick: bool) -> list[st
     """The command line that asks an arm a finding's questions, but for the model."""
     return [*shlex.split(finding.evaluator), "--tasks", finding.tasks, "--lengths",
             arm.lengths or finding.lengths, "--samples", str(16 if quick else finding.samples),
-            "--seed", str(seed)]
+            "--seed", str(seed), *["--bpb-length", "256"] * quick]
 
 
 def read_evaluation(evaluation: dict[str, Any], step: int) -> tuple[Point, dict[str, Any]]:
@@ -336,8 +336,9 @@ def read_evaluation(evaluation: dict[str, Any], step: int) -> tuple[Point, dict[
 
 def train_seeds(findings: Sequence[Finding], seeds: Sequence[int], lab: Lab) -> Iterator[int]:
     """Make and measure all arms, `lab.jobs` at a time; say after each seed how many are done."""
-    print(f"about {expected_minutes(findings, seeds, lab):.0f} minutes on idle cores, less what is "
-          f"in {shown_path(lab.folder)} already", flush=True)
+    minutes = expected_minutes(findings, seeds, lab)
+    print(f"commit {code_version()}: about {minutes:.0f} minutes on idle cores, less what is in "
+          f"{shown_path(lab.folder)} already", flush=True)
     with ThreadPoolExecutor(lab.jobs) as pool:
         if any(finding.arms for finding in findings):  # first, because the arms share them
             list(pool.map(lambda seed: find_start("long", seed, lab), seeds))
@@ -378,9 +379,9 @@ def collect(finding: Finding, seeds: Sequence[int], lab: Lab, command: str) -> d
             "arms": arms}
 
 
-# Seconds of an AMD EPYC core (Zen 4), 2026-11-25: a million tokens in documents of n take a + b * n
-# in training and a third of that in answering, and a process begins in 8.
-SECONDS, BEGIN = (60.0, 0.010), 8.0
+# Seconds of an idle core for a million tokens in documents of n: a + b * n in training (arms of
+# 2026-11-22: 58 with 2K, 116 with 8K), a third of it in answering. A process begins in 8.
+SECONDS, BEGIN = (40.0, 0.0095), 8.0
 CONTEXTS = {"icl": 32, "recall_bare": 1, "chat_value": 25, "chat_label": 25}  # as long ones; or 52
 
 
@@ -464,13 +465,14 @@ def judge(finding: Finding, arms: dict[str, Any], seeds: Sequence[int]) -> list[
         values = [difference({label: arm["points"][str(seed)] for label, arm in arms.items()})
                   for seed in seeds]
         mean, low, high = mean_interval(values)
+        floor = finding.floor if name in finding.primary else 0.0
         row = {"contrast": name, "differences": values, "mean": mean, "low": low, "high": high,
-               "p": paired_p_value([value - finding.floor for value in values])}
+               "p": paired_p_value([value - floor for value in values])}
         if name in finding.primary and not finding.compute:
             new = [value for seed, value in zip(seeds, values, strict=True) if seed in NEW_SEEDS]
-            row |= {"margin": finding.margin, "floor": finding.floor,
-                    "verdict": verdict(values, finding.margin, finding.floor), "new": new,
-                    "new verdict": verdict(new, finding.margin, finding.floor) if new else ""}
+            row |= {"margin": finding.margin, "floor": floor, "new": new,
+                    "verdict": verdict(values, finding.margin, floor),
+                    "new verdict": verdict(new, finding.margin, floor) if new else ""}
         rows.append(row)
     return rows
 
@@ -491,10 +493,6 @@ def values_of(result: dict[str, Any], label: str, metric: str) -> list[float]:
 def show(values: Sequence[float]) -> str:
     mean, low, high = mean_interval(values)
     return f"{mean:z.3f}" if low is None else f"{mean:z.3f} [{low:z.2f}, {high:z.2f}]"
-
-
-def verdict_of(result: dict[str, Any]) -> str:
-    return result["contrasts"][0].get("verdict", "a count")
 
 
 def contexts_of(result: Any) -> str:
@@ -563,8 +561,8 @@ def markdown_section(finding: Finding, result: dict[str, Any] | None) -> str:
                      f"| {row['p']:.3f} | {row.get('verdict', '')} |")
     noise = "; ".join(text for metric in metrics if (text := noise_of(result, metric)))
     lines += ["", f"Noise, in standard deviations of one arm: {noise}."] * bool(noise)
-    if verdict_of(result) == "not told apart":
-        row = result["contrasts"][0]
+    row = result["contrasts"][0]
+    if row.get("verdict") == "not told apart":
         needed = seeds_needed(row["differences"], row["floor"]) or "more than 1,000"
         lines += ["", f"With this mean and spread it would take {needed} seeds to tell them apart."]
     return "\n".join([*lines, "", f"`{result['command']}`, commit {result['commit']}, "
@@ -590,7 +588,8 @@ def save_picture(paint: Callable[[Any], None], title: str, path: Path, height: f
 
 def draw(finding: Finding, result: dict[str, Any], path: Path) -> bool:
     """Draw a result as its finding says, with the verdict in the title."""
-    title = f"{finding.title} ({finding.source}): {verdict_of(result)}"
+    verdict = result["contrasts"][0].get("verdict", "counted")
+    title = f"{finding.title} ({finding.source}): {verdict}"
     return save_picture(lambda figure: finding.draw(figure, result), title, path)
 
 
@@ -616,7 +615,7 @@ def draw_forest(results: Iterable[dict[str, Any]], path: Path) -> bool:
         axes.legend(fontsize=8)
 
     title = "The primary contrast of every finding, with its 95% interval over seeds"
-    return save_picture(paint, title, path, height=1.5 + 0.3 * len(rows))
+    return bool(rows) and save_picture(paint, title, path, height=1.5 + 0.3 * len(rows))
 
 
 Panels = dict[str, tuple[Sequence[Any], dict[str, Any]]]  # title: (ticks, {label: [seed][tick]})
@@ -644,14 +643,15 @@ def paint_panels(figure: Any, panels: Panels, xlabel: str = "") -> None:
             axes.legend(fontsize=7)
 
 
-def by_length(lengths: str, panels: dict[str, tuple[str, list[str] | None]]) -> Painter:
+def by_length(lengths: str, panels: dict[str, tuple[str, list[str] | None]],
+              xlabel: str = "context length in tokens") -> Painter:
     """Scores by context length, a curve for each arm. `panels` is {title: (task, arms or all)}."""
     names = lengths.split(",")
     return lambda figure, result: paint_panels(figure, {title: (names, {
         label: [[points[-1][f"{task}@{name}"] for name in names]
                 for points in runs_of(result, label)]
         for label in labels or result["arms"]})
-        for title, (task, labels) in panels.items()}, "context length in tokens")
+        for title, (task, labels) in panels.items()}, xlabel)
 
 
 def by_step(metrics: Sequence[str]) -> Painter:

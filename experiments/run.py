@@ -9,7 +9,6 @@
 
 The first run trains a start for each seed (base and long stage of the tiny recipe, minutes on one
 thread); `--starts DIR` takes those of DIR/SEED. Results are docs/figures/lab/FINDING.json and .png.
-`--page` leaves the head of docs/FINDINGS.md, with the rules, as it is.
 """
 
 from __future__ import annotations
