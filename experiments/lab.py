@@ -633,7 +633,7 @@ def paint_panels(figure: Any, panels: Panels, xlabel: str = "") -> None:
             means = [statistics.fmean(values) for values in zip(*seeds, strict=True)]
             axes.plot(x, means, color=f"C{i}", linewidth=2.5, label=label)
         low, high = min(dots), max(dots)
-        room = (high - low) / 4
+        room = (high - low) / 4 or 0.1
         axes.set_ylim((-0.03, 1.03) if 0 <= low <= high <= 1 else (low - room, high + room))
         axes.set_title(title, fontsize=8)
         slanted = {"rotation": 30, "ha": "right"} if len("".join(map(str, ticks))) > 25 else {}
