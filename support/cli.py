@@ -133,7 +133,10 @@ def add_config_args(parser: argparse.ArgumentParser, config: type) -> None:
 
 
 def parse_cli(config: type[Config], doc: str | None, argv: Sequence[str] | None = None) -> Config:
-    """Build a config from the command line. Unknown and abbreviated flags end in code 2."""
+    """Build a config from the command line. Unknown and abbreviated flags end in code 2.
+
+    Its `named` are the fields whose options were given, be it with their default values.
+    """
     command = sys.argv[1:2] if argv == sys.argv[2:] else []  # as in "data.py pack"
     parser = _Parser(" ".join([Path(sys.argv[0]).name, *command]), "%(prog)s [OPTION ...]", doc,
                      formatter_class=partial(argparse.RawDescriptionHelpFormatter,
@@ -141,7 +144,13 @@ def parse_cli(config: type[Config], doc: str | None, argv: Sequence[str] | None 
                      add_help=False, allow_abbrev=False)
     parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
     add_config_args(parser, config)
-    return config(**vars(parser.parse_args(argv)))
+    unset = object()  # argparse puts defaults only where there is nothing yet
+    found = argparse.Namespace(**{action.dest: unset for action in parser._actions})
+    named = {key: value for key, value in vars(parser.parse_args(argv, found)).items()
+             if value is not unset}
+    built = config(**named)
+    object.__setattr__(built, "named", frozenset(named))
+    return built
 
 
 def run_main(main: Callable[[], None]) -> None:

@@ -166,14 +166,17 @@ def check_unchanged(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> 
 def config_to_resume(config: Any) -> Any:
     """The interrupted run's own settings, and this command's where they can't alter its course.
 
-    An option at its default counts as not given. Raises ValueError with all that differs otherwise.
+    Given is what the command line named (of a config made in Python: what is not at its default).
+    Raises ValueError with all that differs otherwise.
     """
     kind, path = type(config), Path(config.resume) / "config.json"
     before, hints = read_json(path), get_type_hints(kind)
     for key, value in before.items():
         if not isinstance(value, hints.get(key, ())):
             raise ValueError(f"{path} is not the configuration of such a run: {key!r}")
-    given = dict(asdict(config).items() - asdict(kind(resume=config.resume)).items())
+    now, usual = asdict(config), asdict(kind())
+    named = getattr(config, "named", {key for key in now if now[key] != usual[key]})
+    given = {key: now[key] for key in named if key != "resume"}
     flags = {f"--{key.replace('_', '-')}": key for key in given.keys() - MAY_CHANGE}
     check_unchanged(path.parent, {flag: before.get(key) for flag, key in flags.items()},
                     {flag: given[key] for flag, key in flags.items()})

@@ -23,7 +23,8 @@ from test_train import read_log, weights
 
 import data
 import train
-from support.run import SIGNALS, alone_in, newest_checkpoint
+from support.cli import parse_cli
+from support.run import SIGNALS, alone_in, config_to_resume, newest_checkpoint
 from train import Stage, TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -189,6 +190,20 @@ def test_harmless_settings_may_change(copy, finished):
     resume(copy, save_every=1, keep=1, samples=16, attention="sdpa", micro_batch_tokens=1024)
     assert names(copy) == ["base-8"]
     assert_same(copy, finished)
+
+
+def test_an_option_named_at_its_default_is_given(copy):
+    """It changes what the run had, where that may change; and what is not named stays."""
+    def named(*options: str) -> TrainConfig:
+        return config_to_resume(parse_cli(TrainConfig, "", ["--resume", str(copy), *options]))
+
+    path = copy / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"clip": 2.0, "seed": 7}))
+    assert (named().keep, named().eval, named().clip) == (0, False, 2.0)
+    again = named("--keep", "2", "--eval", "--clip", "2")
+    assert (again.keep, again.eval, again.save_every) == (2, True, 2)
+    with pytest.raises(ValueError, match=r"--clip: 2.0 then, 1.0 now; --seed: 7 then, 0 now"):
+        named("--clip", "1.0", "--seed", "0")
 
 
 def test_changed_data_and_recipe_are_refused(copy, monkeypatch):
