@@ -42,10 +42,10 @@ import model as llama
 from data import Tokenizer, load_tokenizer
 from model import KVCache, Parallel, Transformer, generate, read, stream
 from support import fitting, scores, tasks, toy
-from support.cli import choose, format_length, length_or_0, option, parse_length, print_timed, warn
-from support.files import open_record
+from support.cli import choose, format_length, option, parse_length, print_timed, warn
+from support.files import open_record, write_json
 from support.report import compare_files, draw_scores
-from support.scores import cut_around, format_table, interval, save_evaluation
+from support.scores import cut_around, format_table, interval
 
 # --- 1. What a task is ------------------------------------------------------------------
 
@@ -385,6 +385,10 @@ def join_answers(tokenizer: Tokenizer, example: Example,
 # --- 6. A whole evaluation: every task at every length ----------------------------------
 
 
+def length_or_0(text: str) -> int:
+    return 0 if text == "0" else parse_length(text)
+
+
 @dataclass(frozen=True)
 class EvalConfig:
     model: str = option("", "folder of the model to evaluate")
@@ -494,7 +498,7 @@ def main() -> None:
     predictions = out / f"{folder.name}.predictions.jsonl"
     evaluation = evaluate(model, config, folder.name, parallel, predictions)
     if parallel is None or parallel.main:
-        save_evaluation(evaluation, out)
+        write_json(out / f"{folder.name}.json", evaluation, indent=1)
         print(format_table([evaluation]))
         drawn = draw_scores([evaluation], out / f"{folder.name}.png")
         draw_scores([evaluation], out / f"{folder.name}-depth.png", by_depth=True)

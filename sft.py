@@ -351,7 +351,7 @@ def chat(config: SftConfig) -> None:
 
 def main() -> None:
     config = data.parse_cli(SftConfig, __doc__)
-    train.run_and_exit("sft.py", lambda: chat(config) if config.chat else fine_tune(config))
+    chat(config) if config.chat else fine_tune(config)
 
 
 if __name__ == "__main__":

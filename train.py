@@ -53,12 +53,12 @@ from data import Batch, Mixture, PackedDataset, PackedSequence, Tokenizer
 from model import MemoryOptions, ModelConfig, Parallel, Transformer
 from support import memory, scores
 from support import run as runs
-from support.cli import choose, format_length, parse_cli, run_main, warn
+from support.cli import Diverged, Stopped, choose, format_length, parse_cli, run_main, warn
 from support.files import whole_folder, write_json
 from support.memory import dtype_for, memory_per_rank, memory_there  # noqa: F401
 from support.options import RunConfig, TrainConfig, usual_recipe
 from support.report import by_domain, draw_losses, draw_scores
-from support.run import Diverged, config_to_resume, fail_together, read_state, run_and_exit
+from support.run import config_to_resume, fail_together, read_state
 
 # --- 1. Recipes -------------------------------------------------------------------------
 
@@ -577,11 +577,11 @@ def run_stage(run: Run, stage: Stage, folder: Path,
             if parallel.main:
                 runs.prune_checkpoints(run.folder, config.keep)
         if stop:
-            raise runs.Stopped
+            raise Stopped
         begin = time.monotonic()  # a step's time includes loading, but no checkpoint
     run.stop.busy = False
     if parallel.all_sum(torch.tensor(float(run.stop.asked))):  # during the last checkpoint
-        raise runs.Stopped
+        raise Stopped
 
 
 def open_mixture(run: Run, stage: Stage, folder: Path,
@@ -668,7 +668,7 @@ def evaluate_checkpoint(run: Run, name: str, checkpoint: Path,
                                              tokenizer=run.config.tokenizer)
             result = evaluation.evaluate(model, settings, name)
             result["results"] += more(model) if more else []
-            evaluation.save_evaluation(result, path.parent)
+            write_json(path, result, indent=1)
         run.evaluations.append(json.loads(path.read_text()))
         figures = run.folder / "figures"
         drawn = draw_scores(run.evaluations, figures / "recall_by_length.png", by_depth=True)
@@ -742,7 +742,7 @@ def main() -> None:
         return print_plan(config)
     if config.world_size:
         raise ValueError("--world-size is for --plan; to train on several, use torchrun")
-    run_and_exit("train.py", lambda: train(config))
+    train(config)
 
 
 if __name__ == "__main__":

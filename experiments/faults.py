@@ -65,7 +65,7 @@ def start(work: Callable[[], object], output: Path, world: int = 1) -> list[Proc
         if world > 1:
             os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
                               MASTER_PORT=port)
-        data.run_main(lambda: train.run_and_exit("faults.py", work))
+        data.run_main(work)
 
     ranks = [fork.Process(target=rank_main, args=(rank,)) for rank in range(world)]
     for process in ranks:

@@ -35,9 +35,10 @@ from torch.distributed.tensor import DTensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import model as llama
+from eval import length_or_0
 from experiments.gpu import DTYPE, GPU, free, run_jobs, time_steps
 from model import MemoryOptions
-from support.cli import length_or_0, option, parse_cli, parse_length, run_main
+from support.cli import option, parse_cli, parse_length, run_main
 from train import make_optimizer, memory_per_rank, shard_model
 
 

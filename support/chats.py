@@ -78,10 +78,7 @@ def to_messages(row: dict[str, Any] | ValueError) -> list[Message]:
 def ask_about_context(kind: str, rng: np.random.Generator, encode: Callable[[str], np.ndarray],
                       window: Callable[[int], np.ndarray],
                       max_context: int) -> Iterator[tuple[Any, Any]]:
-    """Up to eight (question, answer) pairs of ids; the first question begins with the context.
-
-    Contexts and answers are those of recall and ICL documents; `window(n)` draws the haystack.
-    """
+    """Up to eight (question, answer) pairs of ids; first comes a context, of `window(n)`."""
     if kind == "value":
         pairs = toy.recall_pairs(rng, 1, int(rng.integers(2, toy.N_PAIRS + 1)))
         length = int(16 * (max_context / 16) ** rng.random())  # 16 to 32 as often as 512 to 1,024

@@ -10,13 +10,17 @@ import codecs
 import dataclasses
 import math
 import os
+import signal
 import sys
 import time
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch.distributed as dist
 
 
 class BadLength(ValueError, argparse.ArgumentTypeError):
@@ -52,10 +56,6 @@ def parse_length(text: str | int) -> int:
         raise BadLength(f"length {text!r} is not a positive whole number with an optional k, m or "
                         "b; write for example 2048, 2k or 20b")
     return int(digits) * _UNITS[unit]
-
-
-def length_or_0(text: str) -> int:
-    return 0 if text == "0" else parse_length(text)
 
 
 def printable(text: str) -> str:
@@ -133,10 +133,7 @@ def add_config_args(parser: argparse.ArgumentParser, config: type) -> None:
 
 
 def parse_cli(config: type[Config], doc: str | None, argv: Sequence[str] | None = None) -> Config:
-    """Build a config from the command line. Unknown and abbreviated flags end in code 2.
-
-    Its `named` are the fields whose options were given, be it with their default values.
-    """
+    """A config of the command line, and which fields it `named`. Unknown flags end in code 2."""
     command = sys.argv[1:2] if argv == sys.argv[2:] else []  # as in "data.py pack"
     parser = _Parser(" ".join([Path(sys.argv[0]).name, *command]), "%(prog)s [OPTION ...]", doc,
                      formatter_class=partial(argparse.RawDescriptionHelpFormatter,
@@ -153,16 +150,63 @@ def parse_cli(config: type[Config], doc: str | None, argv: Sequence[str] | None 
     return built
 
 
-def run_main(main: Callable[[], None]) -> None:
-    """Run a script. A wrong value or file is the user's to mend: one line on stderr, code 2."""
+class Diverged(RuntimeError):
+    """The loss or the gradient is no longer a number."""
+
+
+class Stopped(Exception):
+    """The run was asked to end, and has saved what it had."""
+
+
+ENDS: dict[type[BaseException], tuple[int, str]] = {  # exit code, and what is said of it
+    Stopped: (0, "stopped as asked"), Diverged: (1, "diverged"),
+    KeyboardInterrupt: (130, "interrupted"), ValueError: (2, "error"), OSError: (2, "error")}
+
+
+class Unbreakable:
+    """A stream whose reader may go away, as in `| head`: the rest is lost, and the run goes on."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        stream.reconfigure(errors="replace")  # not every terminal has every letter
+
+    def write(self, text: str) -> None:
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def run_main(main: Callable[[], Any]) -> None:
+    """Run a script and exit; SIGTERM and SIGHUP end it, too. Rank 0 says how, in one line."""
+    def end(number: int, frame: Any) -> None:
+        warn(f"{name}: ended by {signal.Signals(number).name}")
+        raise SystemExit(128 + number)
+
+    code, name, first = 0, Path(sys.argv[0]).name, os.environ.get("RANK", "0") == "0"
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)
+              if signal.getsignal(number) == signal.SIG_DFL}  # else the shell has us ignore it
     try:
-        main()
-    except (ValueError, OSError) as error:
-        if os.environ.get("RANK", "0") != "0":
+        with (redirect_stdout(Unbreakable(sys.stdout)),  # type: ignore
+              redirect_stderr(Unbreakable(sys.stderr))):  # type: ignore
+            main()
+    except tuple(ENDS) as error:
+        code, what = next(ENDS[kind] for kind in ENDS if isinstance(error, kind))
+        said = printable(" ".join(f"{name}: {what}: {error}".split()).removesuffix(":"))
+        if code == 2 and not first:
             time.sleep(2)  # rank 0 usually says the same; torchrun then ends this rank
-        said = printable(" ".join(f"{Path(sys.argv[0]).name}: error: {error}".split()))
-        print(said if len(said) < 2000 else said[:2000] + " ...", file=sys.stderr)
-        raise SystemExit(2) from None
+        if code == 2 or first:
+            print(said if len(said) < 2000 else said[:2000] + " ...", file=sys.stderr)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    raise SystemExit(code)
 
 
 def print_tokens(tokenizer: Any, ids: Iterable[int], stop: int) -> Iterator[int]:

@@ -50,7 +50,8 @@ def fsync(path: Path) -> None:
 
 
 def write_json(path: Path, entry: Any, indent: int = 2) -> None:
-    """Write a JSON file whole or not at all."""
+    """Write a JSON file, and its folder, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_lines(path, [json.dumps(entry, indent=indent)])
 
 
@@ -68,6 +69,8 @@ def read_json(path: Path, kinds: Mapping[str, type] | None = None) -> dict[str, 
         raise ValueError(f"{constant} is no number")
 
     try:
+        if path.stat().st_size > 2**26:  # twice as many bytes as the largest tokenizer's
+            raise ValueError("it has more than 64 MiB")
         entry = json.loads(path.read_bytes(), parse_constant=refuse)  # UTF-8 in any locale
         if not isinstance(entry, dict):
             raise ValueError("it holds no object")
@@ -123,6 +126,15 @@ def sha256_of(folder: Path, pattern: str) -> str:
     return digest.hexdigest()
 
 
+def check_parquet(metadata: Any) -> None:
+    """Raise ValueError for a Parquet column that unpacks to 16 MiB + a thousand times its size."""
+    for column in (metadata.row_group(i).column(j) for i in range(metadata.num_row_groups)
+                   for j in range(metadata.num_columns)):
+        most = max(column.num_values, column.total_uncompressed_size)
+        if most > 2**24 + 1000 * column.total_compressed_size:
+            raise ValueError(f"{column.path_in_schema!r} unpacks to {most:,} bytes or values")
+
+
 def check_ids(folder: str | Path, max_id: int, vocab_size: int) -> None:
     """Raise ValueError if a packed set has a token with no place in a vocabulary."""
     if max_id >= vocab_size:
@@ -155,10 +167,7 @@ class Record(dict[tuple[Any, ...], Any]):
 
 
 def open_record(path: Path | None, settings: dict[str, Any], parallel: Any = None) -> Record:
-    """Open a record, or begin one. Raises ValueError if it was made with other settings.
-
-    The main rank alone reads the file, and sends the others what it found, or its error.
-    """
+    """Open or begin a record, on the main rank for all. Raises ValueError for other settings."""
     path = path if parallel is None or parallel.main else None
     found: list[Any] = [{} if path is None else _read(path, settings)]
     if parallel is not None:

@@ -60,8 +60,7 @@ def fit(name: str, draw: Callable[..., TextExample], make_rng: Callable[[], np.r
 
     Every drawing starts from the same random numbers. We guess the next size from the tokens that
     one more unit of size has taken so far. If one more unit would be too much but over 3% of the
-    length are still empty, idle sentences before the context fill them.
-    Raises ValueError if even the size 1 is too long.
+    length are still empty, idle sentences fill them. Raises ValueError if size 1 is too long.
     """
 
     def make(size: int, spare: int = 0) -> tuple[Encoded, int]:

@@ -13,13 +13,12 @@ from __future__ import annotations
 import fcntl
 import json
 import math
-import os
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +29,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from support.cli import warn
+from support.cli import Stopped, warn
 from support.files import read_json, write_json, write_lines
 from support.report import WINDOW, draw_losses, format_losses, read_log
 
@@ -68,7 +67,7 @@ class Log:
         self.path, self.main, self.printed_at = folder / "log.jsonl", main, 0.0
         self.recent: list[dict[str, Any]] = []  # the stage's last entries
         if main and self.path.exists():
-            *lines, _half = self.path.read_text().split("\n")
+            *lines, _half = self.path.read_text("ascii", "backslashreplace").split("\n")
             kept = [line for line in lines if _is_done(line, tokens_seen)]
             if (damaged := len(lines) - sum(_is_done(line, math.inf) for line in lines)):
                 warn(f"{self.path}: left out {damaged} damaged lines")
@@ -166,8 +165,7 @@ def check_unchanged(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> 
 def config_to_resume(config: Any) -> Any:
     """The interrupted run's own settings, and this command's where they can't alter its course.
 
-    Given is what the command line named (of a config made in Python: what is not at its default).
-    Raises ValueError with all that differs otherwise.
+    Given is what the command line named (in Python: what is no default). Else it is a ValueError.
     """
     kind, path = type(config), Path(config.resume) / "config.json"
     before, hints = read_json(path), get_type_hints(kind)
@@ -186,14 +184,6 @@ def config_to_resume(config: Any) -> Any:
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 
-class Diverged(RuntimeError):
-    """The loss or the gradient is no longer a number."""
-
-
-class Stopped(Exception):
-    """The run was asked to end, and has saved what it had."""
-
-
 @contextmanager
 def fail_together(parallel: Any, what: str) -> Iterator[None]:
     """If any rank fails in this block, every rank raises OSError, so that none waits forever."""
@@ -210,12 +200,10 @@ def fail_together(parallel: Any, what: str) -> Iterator[None]:
 @contextmanager
 def alone_in(folder: Path, main: bool) -> Iterator[None]:
     """Raise ValueError on the main rank if another process trains in the folder."""
-    if not main:
-        yield
-        return
-    with open(folder / "lock", "w") as file:
+    with open(folder / "lock", "a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if main:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"another process trains in {folder}; wait for it") from None
         yield
@@ -249,42 +237,3 @@ def stop_on_signals(folder: Path) -> Iterator[SimpleNamespace]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-ENDS: dict[type[BaseException], tuple[int, str]] = {  # exit code, and what is said of it
-    Stopped: (0, "stopped as asked"), Diverged: (1, "diverged"),
-    KeyboardInterrupt: (128 + signal.SIGINT, "interrupted")}
-
-
-class Unbreakable:
-    """A stream whose reader may go away, as in `| head`: the rest is lost, and the run goes on."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
-
-    def write(self, text: str) -> None:
-        try:
-            self.stream.write(text)
-            self.stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-
-def run_and_exit(name: str, work: Callable[[], Any]) -> None:
-    """Run `work` and exit. However it ends, the process group ends, and rank 0 says it for all."""
-    code = 0
-    out: Any = Unbreakable(sys.stdout)
-    errors: Any = Unbreakable(sys.stderr)
-    try:
-        with redirect_stdout(out), redirect_stderr(errors):
-            work()
-    except tuple(ENDS) as error:
-        code, what = ENDS[type(error)]
-        warn(f"{name}: {what}: {error}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    raise SystemExit(code)

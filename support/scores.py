@@ -19,7 +19,6 @@ from unicodedata import normalize as unicode_form
 import numpy as np
 
 from .cli import format_length
-from .files import write_json
 
 
 def same(written: str, question: Any) -> float:
@@ -121,10 +120,7 @@ def by_depth(predictions: Sequence[dict[str, Any]]) -> list[float | None]:
 
 
 def macro_averages(results: Sequence[dict[str, Any]]) -> dict[int, float]:
-    """The mean over categories of the mean over their tasks, by length (2410.02660, section 2.1).
-
-    Lengths that some task was not run at have no average.
-    """
+    """The mean over categories of their tasks' means, by each length that all tasks have (2.1)."""
     tables: dict[int, dict[str, list[float]]] = {}  # length -> category -> scores
     for row in results:
         tables.setdefault(row["length"], {}).setdefault(row["category"], []).append(row["score"])
@@ -178,12 +174,6 @@ def format_recall(evaluation: dict[str, Any]) -> str:
                   f"     question: {plain(asked['prompt'])}",
                   f"       answer: {plain(asked['written'])}  {verdict}"]
     return "\n".join(lines) if rows else ""
-
-
-def save_evaluation(evaluation: dict[str, Any], folder: Path) -> None:
-    """Write `folder`/<model>.json, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / f"{evaluation['model']}.json", evaluation, indent=1)
 
 
 def wilson_interval(correct: float, n: float) -> tuple[float, float]:

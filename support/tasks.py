@@ -99,8 +99,7 @@ def draw_needles(rng: Rng, size: int, depths: list[float], haystack: Callable[[]
                  n_keys: int = 1, n_values: int = 1, n_queries: int = 1) -> TextExample:
     """Sentences that give a key a secret number, between `size` other lines (RULER's niah).
 
-    A question asks for `n_queries` keys with `n_values` values each; `n_keys` - 1 more needles lead
-    astray.
+    A question asks for `n_queries` keys, each with `n_values`; `n_keys` - 1 others lead astray.
     """
     n_asked = len(depths) * n_queries  # keys that are asked for
     n_others = n_keys - 1
@@ -138,8 +137,7 @@ ICL_TEXTS = [hello + text for hello in ("", "Hello. ", "Sorry to bother you. ", 
 def draw_icl(rng: Rng, size: int, depths: list[float], classes: int = 6) -> TextExample:
     """Labelled lines, in rounds that have each class once, then new lines to label (HELMET's ICL).
 
-    Labels are integers dealt anew for every context, so that only the examples tell them. All lines
-    of a class speak of one thing.
+    Labels are dealt anew for every context: only examples tell them. A class speaks of one thing.
     """
     things = random_words(rng, classes, 3)
     texts = [rng.permutation([line.format(thing) for line in ICL_TEXTS]) for thing in things]

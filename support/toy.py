@@ -108,10 +108,7 @@ def icl_rows(rng: np.random.Generator, batch: int, length: int, bos: int,
 
 
 def read_typed(text: str, encode: Callable[[str], np.ndarray]) -> str | np.ndarray:
-    """Somebody's line in a chat: "~KABCD" is a pair, and "value of K?" asks for the symbol K.
-
-    Elsewhere letters stay letters. Returns the text itself if it has neither.
-    """
+    """Somebody's line in a chat: "~KABCD" is a pair, "value of K?" asks for K, all else is text."""
     pieces = re.split(r"(~[A-Za-z0-9]{5}\b|(?<=value of )[A-Za-z0-9](?=\?))", text)
     if len(pieces) == 1:
         return text

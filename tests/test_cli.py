@@ -1,6 +1,8 @@
 """Tests of support/cli.py: lengths are exact, a mistake ends in one line and exit code 2."""
 
+import os
 import re
+import signal
 from dataclasses import dataclass, fields
 
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from data import PackConfig, format_length, option, parse_cli, parse_length
 from data import run_main as run
 from support import cli
+from support.files import whole_folder
 
 property_test = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
@@ -111,3 +114,19 @@ def test_run_main_makes_the_users_mistake_one_line(error, raised, capsys):
     if raised is SystemExit:
         assert exit.value.code == 2
         assert re.fullmatch(r"\S+: error: seq is too long\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_run_main_ends_by_a_signal(tmp_path, capsys, number):
+    """In one line, with a shell's code for it; what is half written is taken away."""
+    def main():
+        with whole_folder(tmp_path / "packs"):
+            os.kill(os.getpid(), number)
+
+    before = signal.signal(number, signal.default_int_handler if number == 2 else signal.SIG_DFL)
+    with pytest.raises(SystemExit) as exit:
+        run(main)
+    signal.signal(number, before)
+    assert exit.value.code == 128 + number and not [*tmp_path.iterdir()]
+    said = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
+    assert re.fullmatch(rf"\S+: {said}\n", capsys.readouterr().err)

@@ -24,7 +24,7 @@ from test_train import read_log, weights
 import data
 import train
 from support.cli import parse_cli
-from support.run import SIGNALS, alone_in, config_to_resume, newest_checkpoint
+from support.run import SIGNALS, alone_in, newest_checkpoint
 from train import Stage, TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -195,15 +195,13 @@ def test_harmless_settings_may_change(copy, finished):
 def test_an_option_named_at_its_default_is_given(copy):
     """It changes what the run had, where that may change; and what is not named stays."""
     def named(*options: str) -> TrainConfig:
-        return config_to_resume(parse_cli(TrainConfig, "", ["--resume", str(copy), *options]))
+        return train.config_to_resume(parse_cli(TrainConfig, "", ["--resume", str(copy), *options]))
 
-    path = copy / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"clip": 2.0, "seed": 7}))
-    assert (named().keep, named().eval, named().clip) == (0, False, 2.0)
-    again = named("--keep", "2", "--eval", "--clip", "2")
+    assert (named().keep, named().eval) == (0, False)
+    again = named("--keep", "2", "--eval", "--clip", "1")
     assert (again.keep, again.eval, again.save_every) == (2, True, 2)
-    with pytest.raises(ValueError, match=r"--clip: 2.0 then, 1.0 now; --seed: 7 then, 0 now"):
-        named("--clip", "1.0", "--seed", "0")
+    with pytest.raises(ValueError, match="--stage: base then,  now"):
+        named("--stage", "")
 
 
 def test_changed_data_and_recipe_are_refused(copy, monkeypatch):
@@ -270,9 +268,23 @@ def test_a_machine_that_is_wanted_back(tmp_path, during, finished, capsys, numbe
     """The step is finished and saved, the exit code is 0, and the resumed run is undisturbed."""
     during(3, lambda: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as ended:
-        train.run_and_exit("train.py", lambda: run(tmp_path / "run"))
+        data.run_main(lambda: run(tmp_path / "run"))
     assert ended.value.code == 0 and names(tmp_path / "run") == ["base-3"]
     assert f"stopped as asked: go on with --resume {tmp_path / 'run'}" in capsys.readouterr().err
+    resume(tmp_path / "run")
+    assert_same(tmp_path / "run", finished)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_machine_wanted_back_while_packing(tmp_path, finished, monkeypatch, capsys, number, code):
+    """It ends at once. What is packed is whole, and a resumed run packs the rest and trains."""
+    calls = count(1)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(data.files, "check_ids",  # before meta.json of the second domain
+                      lambda *_: next(calls) == 2 and os.kill(os.getpid(), number))
+        data.run_main(lambda: run(tmp_path / "run", save_every=2, keep=0))
+    assert ended.value.code == code and "it has no checkpoint yet" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run/data/base").iterdir()] == ["recall_bare-256"]
     resume(tmp_path / "run")
     assert_same(tmp_path / "run", finished)
 
@@ -283,7 +295,7 @@ def test_a_second_ctrl_c_waits_for_nothing(tmp_path, during, capsys, every, word
     """The run ends at once, says where to go on, and the last checkpoint is whole."""
     during(4, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
     with pytest.raises(SystemExit) as ended:
-        train.run_and_exit("train.py", lambda: run(tmp_path, save_every=every))
+        data.run_main(lambda: run(tmp_path, save_every=every))
     asked, error = capsys.readouterr().err.splitlines()
     assert ended.value.code == 130 and words in error and "ends after this step" in asked
     assert not every or newest_checkpoint(tmp_path)[1]["step"] == 2

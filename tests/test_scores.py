@@ -6,6 +6,7 @@ import pytest
 import eval as evaluation
 from eval import Question
 from support import scores
+from support.files import write_json
 
 
 @pytest.mark.parametrize("score, written, answers, expected", [
@@ -78,7 +79,7 @@ def test_comparison_finds_the_real_differences(tmp_path, monkeypatch, capsys):
     assert [row["p"] for row in rows] == pytest.approx([2 / 2**20, 0.125, 1.0])
     assert rows[1]["low"] < rows[1]["difference"] < rows[1]["high"]
     for result in (a, b):
-        scores.save_evaluation(result, tmp_path)
+        write_json(tmp_path / f"{result['model']}.json", result)
     paths = f"{tmp_path}/before.json,{tmp_path}/after.json"
     monkeypatch.setattr("sys.argv", ["eval.py", "--compare", paths])
     evaluation.main()
