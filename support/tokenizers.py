@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import unicodedata
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unicodedata import is_normalized, normalize
 
 import numpy as np
 import tiktoken.load
@@ -42,6 +42,14 @@ POSSESSIVE = re.compile(r"(\{[\d,]+\})\+")  # {1,3}+ is more than 3 to Hugging F
 USUAL_ENDS = ("<|end_of_text|>", "<|endoftext|>")
 TURN_ENDS = ("<|eot_id|>", "<|im_end|>")  # end an answer in a chat, not a document
 PROBE = "It's 3.14, naïve—don't  stop\n\n\tx_1 = [2048, ' ']\r\n中文，。 \u00a0e\u0301🙂\x1c " * 3
+
+
+def nfc(text: str) -> str:
+    """Unicode's form NFC. Python takes n² steps for n combining marks: many are a ValueError."""
+    for signs in re.findall(r"[^\w\s\x00-\u02ff]{256,}", text):  # marks, or others between words
+        if not is_normalized("NFC", signs):
+            raise ValueError("has 256 combining marks in a row, which no text has")
+    return normalize("NFC", text)
 
 
 class Tokenizer:
@@ -74,7 +82,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Text to ids, uint32 (n,). "<|end_of_text|>" inside a document is text, 15 letters."""
-        text = unicodedata.normalize("NFC", text) if self.nfc else text
+        text = nfc(text) if self.nfc else text
         ids = np.concatenate([self.encoding.encode_to_numpy(part, disallowed_special=())
                               for part in PIECE.findall(text) or [""]])
         if len(ids) and ids.max() >= MISSING:

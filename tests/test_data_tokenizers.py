@@ -5,8 +5,10 @@ Llama-3 (its split, whole words first), Qwen (NFC, single digits) and SmolLM (di
 """
 
 import json
+import os
 import random
 import re
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -233,28 +235,45 @@ def test_cuts_do_not_change_ids(folders, family, monkeypatch):
     assert np.array_equal(tokenizer.encode(text), whole)
 
 
-def test_named_encodings_are_those_that_tiktoken_has(monkeypatch):
-    """`tiktoken:NAME` where tiktoken has it, or one error that says where to put it."""
+def test_named_encodings_are_those_that_tiktoken_has(monkeypatch, tmp_path):
+    """`tiktoken:NAME` where tiktoken has it, or one error; nobody is asked, of a pack neither."""
     small = tiktoken.Encoding("small", pat_str=files.GPT2_SPLIT, special_tokens={
         "<|endoftext|>": 256}, mergeable_ranks={bytes([i]): i for i in range(256)})
     monkeypatch.setattr(tiktoken, "get_encoding", {"small": small}.__getitem__)
     tokenizer = load_tokenizer("tiktoken:small")
     assert tokenizer.document("ab").input_ids.tolist() == [97, 98, 256] and not tokenizer.files
 
-    def unreachable(name):
-        raise ConnectionError("no network")
+    monkeypatch.undo()
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    for name in ("socket", "getaddrinfo", "create_connection"):
+        monkeypatch.setattr(socket, name, lambda *_, **__: pytest.fail("asked the network"))
+    data.pack_domain(tmp_path / "a", "recall-64", 1, load_tokenizer(), 64, seed=0)
+    meta = (tmp_path / "a" / "meta.json").read_text().replace('"bytes"', '"tiktoken:gpt2"')
+    (tmp_path / "a" / "meta.json").write_text(meta)
+    with pytest.raises(ValueError, match=r"'tiktoken:gpt2' can't be read.*TIKTOKEN_CACHE_DIR"):
+        data.inspect(str(tmp_path / "a"))
 
-    monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
-    with pytest.raises(ValueError, match=r"'tiktoken:gpt2'.*no network.*TIKTOKEN_CACHE_DIR"):
-        load_tokenizer("tiktoken:gpt2")
+
+def test_many_combining_marks_are_refused_at_once():
+    """Python's own NFC would take hours for these. Other signs may stand in any number."""
+    for text in ("a" + "\u0301\u0323" * 10**6, "\u0f73" * 10**6):
+        with pytest.raises(ValueError, match="has 256 combining marks in a row"):
+            files.nfc(text)
+    assert files.nfc("e\u0301" + "\u2500" * 999) == "\u00e9" + "\u2500" * 999
 
 
 def test_reading_a_tokenizer_fetches_nothing(folders):
-    """Only tiktoken and the standard library are needed: no `tokenizers`, no `transformers`."""
+    """Only tiktoken and the standard library are needed: no `tokenizers`, no `transformers`.
+
+    Nor a locale with UTF-8: of a letter that it can't print it prints a question mark.
+    """
     code = ("import sys, data; data.load_tokenizer(sys.argv[1]); "
-            "assert not {'tokenizers', 'transformers', 'datasets'} & set(sys.modules)")
-    root = Path(data.__file__).parent
-    subprocess.run([sys.executable, "-c", code, str(folders["qwen"])], cwd=root, check=True)
+            "assert not {'tokenizers', 'transformers', 'datasets'} & set(sys.modules); "
+            "data.run_main(lambda: print('gr\\xf6\\xdfer'))")
+    done = subprocess.run([sys.executable, "-c", code, str(folders["qwen"])], capture_output=True,
+                          cwd=Path(data.__file__).parent, check=True,
+                          env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"})
+    assert (done.stdout, done.stderr) == (b"gr??er\n", b"")
 
 
 @pytest.mark.parametrize("split", ["bytes", files.GPT2_SPLIT, CL100K_SPLIT])
