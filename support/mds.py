@@ -33,7 +33,7 @@ def read_mds(folder: str | Path, seq_len: int) -> Iterator[Packed]:
             if shard.get("format") != "mds" or path.parent != Path(folder) or is_link(path):
                 raise ValueError("it is no MDS shard of this folder")
             with open_file(path) as file:
-                content = file.read()
+                content = file.read(2**32)  # its offsets have 32 bits
             for i in range(shard["samples"]):
                 yield check_sequence(_read_sample(content, i, shard), seq_len)
         except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:

@@ -37,9 +37,9 @@ def compare_files(names: str, out: str = "") -> None:
     if len(paths) != 2:
         raise ValueError(f"--compare {names!r} must name two results, as A.json,B.json")
     try:
-        a, b = (json.loads(path.read_text()) for path in paths)
+        a, b = (json.loads(path.read_bytes()) for path in paths)
         rows = compare(a, b)
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"--compare {names}: not two results of eval.py ({error!r})") from None
     if a["model"] == b["model"]:
         a, b = a | {"model": f"{a['model']} (A)"}, b | {"model": f"{b['model']} (B)"}
@@ -151,7 +151,7 @@ def by_domain(sequences: Sequence[Any],
 def read_log(path: Path) -> list[Entry]:
     """The entries of a log.jsonl. Those of older code have no `domains` and no `seq_len`."""
     return [{"domains": {}, "seq_len": 0, **json.loads(line)}
-            for line in path.read_text().splitlines()]
+            for line in path.read_bytes().splitlines()]
 
 
 def draw_losses(folder: Path) -> bool:
@@ -178,7 +178,7 @@ def draw_losses(folder: Path) -> bool:
 
     points: list[tuple[int, str, int, float]] = []  # length, task, tokens seen, score
     for path in (folder / "eval").glob("*.json"):
-        evaluation = json.loads(path.read_text())
+        evaluation = json.loads(path.read_bytes())
         points += [(r["length"], r["task"], ends.get(evaluation["model"], 0), r["score"])
                    for r in evaluation["results"]]
     for entry in log:

@@ -27,7 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .cli import choose, option, parse_length, warn
-from .files import is_link, read_meta, sha256_of, whole_folder, write_json
+from .files import check_parquet, is_link, read_meta, sha256_of, whole_folder, write_json
 from .installed import generator
 
 Row = tuple[str, "dict[str, Any] | ValueError"]
@@ -36,6 +36,7 @@ SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".txt": 
             ".md": "text"}
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 MAX_CHARS = 2**26  # of a document: the tokens of a longer one would need gigabytes
+MAX_BYTES = 6 * MAX_CHARS + 2**20  # of its row: a character may be written as \\u0041
 FORMAT = "nanolong-documents-2"
 META = {"format": str, "tokenizer": str, "tokenizer_fingerprint": str, "vocab_size": int,
         "max_id": int, "shards": int, "documents": int, "tokens": int, "rows": int, "bad": int}
@@ -81,9 +82,11 @@ def list_files(source: str) -> tuple[list[Path], list[Path]]:
         raise ValueError(f"{source!r} does not exist; of the hub? --format hub, in sft.py hub:NAME")
     if not Path(source).is_dir():
         return [Path(source)], []
-    shown = [path for path in sorted(Path(source).rglob("*"))  # which follows no link
-             if not any(part.startswith(".") for part in path.relative_to(source).parts)]
-    closed = {path for path in shown if is_link(path) or not os.access(path, os.R_OK)}
+    failed: set[Path] = set()
+    walk = os.walk(source, onerror=lambda error: failed.add(Path(error.filename)))  # no links
+    found = sorted(Path(at, name) for at, folders, names in walk for name in folders + names)
+    shown = [path for path in found if "/." not in f"/{path.relative_to(source).as_posix()}"]
+    closed = {path for path in shown if is_link(path) or not os.access(path, os.R_OK)} | failed
     return [path for path in shown if path.is_file() and path not in closed], sorted(closed)
 
 
@@ -108,7 +111,7 @@ def open_file(path: Path) -> BinaryIO:
 def _jsonl_rows(path: Path) -> Iterator[Row]:
     """JSON objects, one a line. A library's reader would lose the good rows before a bad one."""
     with open_file(path) as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(MAX_BYTES), b""), 1):
             if line.strip():
                 yield f"{path}:{number}", _parse_object(line)
 
@@ -124,7 +127,9 @@ def _parse_object(line: bytes) -> dict[str, Any] | ValueError:
 def _parquet_rows(path: Path) -> Iterator[Row]:
     import pyarrow.parquet
 
-    batches = pyarrow.parquet.ParquetFile(path).iter_batches(64)  # rows, not all of a group
+    file = pyarrow.parquet.ParquetFile(path)
+    check_parquet(file.metadata)
+    batches = file.iter_batches(64)  # rows, not all of a group
     rows = (row.as_py() for batch in batches for row in batch.to_struct_array())
     yield from ((f"{path}:{number}", row) for number, row in enumerate(rows, 1))
 
@@ -139,7 +144,7 @@ def _dataset_rows(name: str, subset: str | None, split: str) -> Iterator[Row]:
 
 def _text_rows(path: Path) -> Iterator[Row]:
     with open_file(path) as file:
-        yield str(path), _decode(file.read())
+        yield str(path), _decode(file.read(MAX_BYTES))
 
 
 def _decode(content: bytes) -> dict[str, Any] | ValueError:
@@ -262,10 +267,7 @@ def encode_all(rows: Iterator[Row], tokenizer: Any, config: TokenizeConfig) -> I
 
 
 def tokenize(config: TokenizeConfig, tokenizer: Any) -> None:
-    """Tokenize a source into a folder, shard by shard. Run again after a crash, it goes on.
-
-    Rows alone cut shards: the bytes are the same for any number of workers and crashes.
-    """
+    """Tokenize a source, shard by shard. Run again after a crash, it goes on, to the same bytes."""
     out = Path(config.out)
     choose("--on-bad", config.on_bad, dict.fromkeys(("stop", "skip")))
     if (out / "meta.json").exists():

@@ -9,6 +9,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow
@@ -136,7 +137,7 @@ def test_rows_are_chosen_joined_and_read_as_conversations(tmp_path, monkeypatch)
     assert len(documents) == 3 and {len(ids) for ids in documents} == {3, 5}
 
 
-def test_links_are_counted_and_only_a_snapshots_are_followed(tmp_path, capsys):
+def test_links_are_counted_and_only_a_snapshots_are_followed(tmp_path, capsys, monkeypatch):
     """Nothing outside the folder is read, nothing twice; the hub's snapshots are links to blobs."""
     snapshot, repos = tmp_path / "set" / "snapshots" / "0", tmp_path / "repos"
     for folder in (snapshot / "data", tmp_path / "set" / "blobs", repos / "one"):
@@ -151,6 +152,16 @@ def test_links_are_counted_and_only_a_snapshots_are_followed(tmp_path, capsys):
     assert capsys.readouterr().err == (
         f"{snapshot}: 1 links or unreadable are left out, as {snapshot}/b.jsonl\n"
         f"{repos}: 2 links or unreadable are left out, as {repos}/evil\n")
+    monkeypatch.setattr(os, "scandir", Mock(side_effect=PermissionError(13, "no", str(repos))))
+    assert texts.list_files(str(repos)) == ([], [repos])  # as for a folder in it
+
+
+def test_what_unpacks_to_gigabytes_is_refused(tmp_path):
+    """A Parquet file of one kilobyte."""
+    zeros = pyarrow.ListArray.from_arrays([0, 2**25], np.zeros(2**25, np.int8))
+    pyarrow.parquet.write_table(pyarrow.table({"a": zeros}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"'a\.list.element' unpacks to 33,554,432 bytes or"):
+        texts_of(tmp_path / "a.parquet")
 
 
 def test_a_hub_data_set_streams(tmp_path, monkeypatch):
@@ -507,7 +518,10 @@ def _cut(size: int):
 
 @pytest.mark.parametrize(("change", "why"), [
     (lambda folder: (folder / "index.json").unlink(), r"index\.json is not readable JSON"),
+    (lambda folder: os.truncate(folder / "index.json", 2**31), r"index\.json .* more than 64 MiB"),
     (lambda folder: (folder / "shard.00001.mds").unlink(), r"shard\.00001"),
+    (lambda folder: (folder / "shard.00001.mds").symlink_to(
+        (folder / "shard.00001.mds").rename(folder.parent / "far")), "00001.mds.*no MDS shard of"),
     (_index(format="csv"), "no MDS shard"),
     (_index(column_names=["a", "b", "c", "d"]), "'input_ids'"),
     (_index(raw_data={"basename": "../../secret"}), "no MDS shard"),

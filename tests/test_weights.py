@@ -222,6 +222,9 @@ def test_info_and_export(folder, tmp_path, capsys, monkeypatch):
     with pytest.raises(ValueError, match="out exists already"):  # it would replace what is there
         run("export", folder, tmp_path / "out")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    (folder / "vocab.json").symlink_to("/etc/hostname")
+    with pytest.raises(ValueError, match=r"vocab\.json is a link, and would be copied"):
+        run("export", folder, tmp_path / "other")
 
 
 def test_an_export_has_a_card(transformers, tmp_path, monkeypatch, caplog):
