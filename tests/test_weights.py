@@ -22,8 +22,7 @@ import data
 import model as m
 import train
 from support import hf
-from support.files import whole_folder
-from support.scores import save_evaluation
+from support.files import whole_folder, write_json
 
 INDEX = "model.safetensors.index.json"
 
@@ -240,8 +239,10 @@ def test_an_export_has_a_card(transformers, tmp_path, monkeypatch, caplog):
     found = {"model": "long", "bits_per_byte": [],
              "results": [row | {"score": 0.5, "low": 0.25, "high": 0.75}]}
     checkpoint, cards = run / "checkpoints" / "long-2", []
+    (run / "eval").mkdir(exist_ok=True)
     for source, of in ((checkpoint, "long-2"), (checkpoint, "long-1"), (tmp_path / "0", "")):
-        save_evaluation(found | {"settings": {"model": f"runs/run/{of}"}}, run / "eval")
+        settings = {"settings": {"model": f"runs/run/{of}"}}
+        write_json(run / "eval" / "long.json", found | settings)
         m.export(source, tmp_path / f"{len(cards)}")
         cards.append((tmp_path / f"{len(cards)}" / "README.md").read_text())
     their_load(transformers, tmp_path / "0", caplog)
