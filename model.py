@@ -63,6 +63,7 @@ from support.hf import ARCHITECTURES
 from support.machine import PRESETS, format_shape, start_distributed, to_device
 from support.machine import device_peak_flops as device_peak_flops
 from support.machine import flops_per_step as flops_per_step
+from support.memory import valid_seq_parallel_sizes as valid_seq_parallel_sizes
 
 IGNORE_INDEX = -100  # a label that is not trained on; the value PyTorch's cross_entropy skips
 
@@ -250,8 +251,7 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_
     """
     if backend == "auto":
         backend = backend_for(q.device, q.dtype)
-    attend = choose("attention backend", backend, BACKENDS)
-    return attend(q, k, v, cu_seqlens, max_seqlen)
+    return choose("attention backend", backend, BACKENDS)(q, k, v, cu_seqlens, max_seqlen)
 
 
 # --- 4. The Transformer -----------------------------------------------------------------
@@ -368,10 +368,8 @@ class Transformer(nn.Module):
         pack = layout_pack(doc_lens, len(input_ids), input_ids.device, parallel)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            documents = pack.cu_seqlens, pack.max_seqlen
-            if pack.group is None:
-                return document_attention(q, k, v, *documents, self.backend)
-            return ulysses_attention(q, k, v, *documents, pack.group, self.backend)
+            return ulysses_attention(q, k, v, pack.cu_seqlens, pack.max_seqlen, pack.group,
+                                     self.backend, self.memory.head_chunks)
 
         return self.run_layers(input_ids, pack.positions, attend)
 
@@ -397,9 +395,8 @@ class Transformer(nn.Module):
         """Whether the likeliest next token is the label, (T,) bool. Without a label it is not."""
         hidden = Transformer.forward(self, input_ids, doc_lens, parallel)
         asked = labels != IGNORE_INDEX
-        right = torch.zeros_like(asked)
-        right[asked] = self.lm_head(hidden[asked]).argmax(dim=-1) == labels[asked]
-        return right
+        right = self.lm_head(hidden[asked]).argmax(dim=-1) == labels[asked]
+        return asked.masked_scatter(asked, right)
 
     def init_weights(self, seed: int) -> Transformer:
         """Draw all weights with a deviation of 1/sqrt(C), less for what adds to the residual.
@@ -449,6 +446,7 @@ class MemoryOptions:
     # Of a block keep all, or its input and what attention gave, or its input, or that on the host.
     activations: str = "keep"  # or "attention", "recompute", "offload"
     mlp_tile_tokens: int = 0  # compute what follows attention in tiles of so many tokens; 0: in one
+    head_chunks: int = 1  # exchange and attend to a rank's heads in so many parts
 
     def __post_init__(self) -> None:
         ways = ("keep", "attention", "recompute", "offload")
@@ -555,18 +553,13 @@ def init_parallel(seq_parallel_size: int | None = None) -> Parallel:
                     sp_rank=rank % sp_size, sp_size=sp_size)
 
 
-def valid_seq_parallel_sizes(n_heads: int, n_kv_heads: int) -> list[int]:
-    """The P that Ulysses can use: query heads divide by P, and KV heads by P or P by them."""
-    return [p for p in range(1, n_heads + 1)
-            if n_heads % p == 0 and (n_kv_heads % p == 0 or p % n_kv_heads == 0)]
-
-
-def check_heads(P: int, n_heads: int, n_kv_heads: int) -> None:
-    """Raise ValueError if P ranks cannot share the heads."""
+def check_heads(P: int, n_heads: int, n_kv_heads: int, chunks: int = 1) -> None:
+    """Raise ValueError if P ranks cannot share the heads, or not in so many chunks each."""
     sizes = valid_seq_parallel_sizes(n_heads, n_kv_heads)
-    if P not in sizes:
+    if P * chunks not in sizes:
+        times = f" times head_chunks={chunks}" if chunks > 1 else ""
         raise ValueError(f"{n_heads} query heads and {n_kv_heads} KV heads cannot be shared by "
-                         f"seq_parallel_size={P}; choose one of {sizes}")
+                         f"seq_parallel_size={P}{times}; choose one of {sizes}")
 
 
 class Exchange(torch.autograd.Function):
@@ -586,26 +579,34 @@ class Exchange(torch.autograd.Function):
 
 
 def ulysses_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
-                      group: dist.ProcessGroup, backend: str = "auto") -> Tensor:
+                      group: dist.ProcessGroup | None, backend: str = "auto",
+                      chunks: int = 1) -> Tensor:
     """Document attention over a sequence whose tokens are spread over the ranks of a group.
 
     q (T, H, D), k and v (T, H_kv, D) -> (T, H, D); `cu_seqlens` is that of all S tokens. K and V
-    travel with their own heads, unless these are fewer than the ranks. To expand them first, as
-    ProLong does, sends 1.6 times as much (Llama-3, 8 ranks). Source: 2309.14509; ProLong A.3.
+    travel with their own heads, unless these are fewer than the ranks. A rank's query heads go in
+    `chunks`, one after another. Source: 2309.14509; ProLong A.3; for the chunks 2602.21196.
     """
-    P = dist.get_world_size(group)
+    P = dist.get_world_size(group) if group else 1
     T, H, H_kv = q.shape[0], q.shape[1], k.shape[1]
-    check_heads(P, H, H_kv)
+    check_heads(P, H, H_kv, chunks)
+    if P * chunks == 1:
+        return document_attention(q, k, v, cu_seqlens, max_seqlen, backend)
     if H_kv < P:  # each KV head goes to all ranks whose query heads need it
-        k = k.repeat_interleave(P // H_kv, dim=1)  # (T, H_kv, D) -> (T, P, D)
-        v = v.repeat_interleave(P // H_kv, dim=1)
-    heads = [x.shape[1] // P for x in (q, k, v)]
-    qkv = torch.cat([x.unflatten(1, (P, -1)) for x in (q, k, v)], dim=2)  # (T, P, sum(heads), D)
-    qkv = Exchange.apply(qkv.transpose(0, 1), group)  # (P, T, ., D): P by head -> P by token
-    q, k, v = qkv.flatten(0, 1).split(heads, dim=1)  # (S, ., D): H/P and 2 x max(H_kv, P)/P heads
-    out = document_attention(q, k, v, cu_seqlens, max_seqlen, backend)  # (S, H/P, D)
-    out = Exchange.apply(out.unflatten(0, (P, T)), group)  # (P, T, H/P, D): P by token -> by head
-    return out.transpose(0, 1).flatten(1, 2)  # -> (T, P, H/P, D) -> (T, H, D)
+        k, v = (x.repeat_interleave(P // H_kv, dim=1) for x in (k, v))  # (T, H_kv, D) -> (T, P, D)
+    q, k, v = (x.unflatten(1, (P, -1)) for x in (q, k, v))  # (T, P, heads of a rank, D)
+    h, kv, outs = H // P // chunks, k.shape[2], []
+    exchange = (lambda x: Exchange.apply(x, group)) if group else (lambda x: x)
+    for i, x in enumerate(q.split(h, dim=2)):
+        if i == 0:  # keys and values travel once, with the first queries
+            x = torch.cat([x, k, v], dim=2)
+        x = exchange(x.transpose(0, 1)).flatten(0, 1)  # (P, T, ., D): P by head -> by token -> S
+        if i == 0:
+            x, k, v = x.split([h, kv, kv], dim=1)
+        own = slice(i * kv // chunks, -(-(i + 1) * kv // chunks))  # this chunk's KV heads
+        out = document_attention(x, k[:, own], v[:, own], cu_seqlens, max_seqlen, backend)
+        outs.append(exchange(out.unflatten(0, (P, T))).transpose(0, 1))  # by token -> (T, P, h, D)
+    return torch.cat(outs, dim=2).flatten(1, 2)  # (T, P, heads of a rank, D) -> (T, H, D)
 
 
 class PackLayout(NamedTuple):

@@ -34,6 +34,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,7 +52,7 @@ import eval as evaluation  # `eval` is a function of Python's
 import model as llama  # most functions here are given a `model`
 from data import Batch, Mixture, PackedDataset, PackedSequence, Tokenizer
 from model import MemoryOptions, ModelConfig, Parallel, Transformer
-from support import memory, scores
+from support import memory, scores, speed
 from support import run as runs
 from support.cli import Diverged, Stopped, choose, format_length, parse_cli, run_main, warn
 from support.files import whole_folder, write_json
@@ -222,11 +223,11 @@ def step_layout(stage: Stage, parallel: Parallel, micro_batch_tokens: int | None
 
 
 def default_seq_parallel_size(config: ModelConfig, stage: Stage, world_size: int) -> int:
-    """The smallest P for at most 64K tokens of a sequence a rank, and a sequence for each."""
+    """The smallest P for at most 64K tokens of a sequence a rank (or all), a sequence for each."""
     sizes = llama.valid_seq_parallel_sizes(config.n_heads, config.n_kv_heads)
     sequences = stage.batch_tokens // stage.seq_len
     for P in sizes:
-        fits = world_size == 1 or stage.seq_len <= 65_536 * P
+        fits = world_size == P or stage.seq_len <= 65_536 * P
         if fits and world_size % P == 0 and sequences % (world_size // P) == 0:
             return P
     raise ValueError(f"no seq_parallel_size fits {world_size} ranks, {sequences} sequences a step "
@@ -298,17 +299,12 @@ MEMORY_OPTIONS = (  # from the fastest to the smallest
     MemoryOptions(activations="recompute"),
     MemoryOptions(activations="recompute", mlp_tile_tokens=8192),
     MemoryOptions(activations="offload", mlp_tile_tokens=8192),
+    MemoryOptions(activations="offload", mlp_tile_tokens=8192, head_chunks=4),
 )
 
 
-def memory_options_for(config: RunConfig, shape: ModelConfig, tokens: int, world_size: int,
-                       itemsize: int, available: float, device: str) -> tuple[MemoryOptions, str]:
-    """What the command asks for, or the fastest that fit (they change no number); and why."""
-    choices = list(MEMORY_OPTIONS if device == "cuda" else MEMORY_OPTIONS[:-1])
-    if config.activations != "auto":
-        choices = [MemoryOptions(activations=config.activations)]
-    return memory.first_that_fits(choices, config, shape, tokens, world_size, itemsize, available,
-                                  device)
+# What the command asks for, or the fastest that fit (they change no number); and why.
+memory_options_for = partial(memory.first_that_fits, MEMORY_OPTIONS)
 
 
 def shard_model(model: Transformer, parallel: Parallel, dtype: torch.dtype,
@@ -616,7 +612,7 @@ def set_memory_and_announce(run: Run, stage: Stage, layout: StepLayout, mixture:
     parallel, model, micro = run.parallel, run.model, layout.per_batch * stage.seq_len
     options, why = memory_options_for(
         run.config, model.config, micro // parallel.sp_size, parallel.world_size,
-        run.dtype.itemsize, memory_there(parallel.device), parallel.device.type)
+        run.dtype.itemsize, memory_there(parallel.device), parallel.device.type, parallel.sp_size)
     model.set_memory_options(options)
     flops = layout.sequences * sum(  # of each domain's first sequence, by its share
         share * llama.flops_per_step(model.config, mixture.datasets[name][0].doc_lens)
@@ -690,7 +686,7 @@ def start_run(config: RunConfig, default_out: str, model: Transformer, tokenizer
     longest = max(stages, key=lambda stage: stage.seq_len)
     world = int(os.environ.get("WORLD_SIZE", 1))
     sp_size = config.seq_parallel_size or default_seq_parallel_size(shape, longest, world)
-    llama.check_heads(sp_size, shape.n_heads, shape.n_kv_heads)
+    llama.check_heads(sp_size, shape.n_heads, shape.n_kv_heads, config.head_chunks or 1)
     parallel = llama.init_parallel(sp_size)
     dtype, why = dtype_for(config.dtype, parallel.device, shape.dim)
 
@@ -730,10 +726,11 @@ def print_plan(config: TrainConfig) -> None:
     shape = llama.preset_config(config.model, tokenizer.vocab_size)
     for stage in choose_stages(config, shape):
         sp = config.seq_parallel_size or default_seq_parallel_size(shape, stage, world)
+        llama.check_heads(sp, shape.n_heads, shape.n_kv_heads, config.head_chunks or 1)
         chosen, _ = memory_options_for(config, shape, stage.seq_len // sp, world, 2,
-                                       memory.GPU_BYTES, "cuda")
-        print(memory.format_plan(config, shape, stage, MEMORY_OPTIONS, chosen, sp, world,
-                                 lambda doc_len: llama.flops_per_step(shape, (doc_len,))))
+                                       memory.GPU_BYTES, "cuda", sp)
+        print(memory.format_plan(config, shape, stage, MEMORY_OPTIONS, chosen, sp, world))
+        print(speed.format_time(shape, stage, chosen, sp, world))
 
 
 def main() -> None:

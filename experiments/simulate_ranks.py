@@ -52,6 +52,7 @@ class SimulateConfig:
     activations: str = option("recompute", "keep, attention, recompute or offload, or a list")
     loss_chunk_tokens: int = option(2048, "logits at a time; 0: all", length_or_0)
     mlp_tile_tokens: int = option(0, "tokens of a tile of the MLP; 0: no tiles", length_or_0)
+    head_chunks: int = option(1, "attend to a rank's heads in so many parts", parse_length)
     fake_tensors: bool = option(False, "compute nothing, only work out shapes and memory")
     steps: int = option(3, "steps to time (one more warms up)", parse_length)
     tiny: bool = option(False, "the tiny model, and a 64th of the tokens")
@@ -59,22 +60,30 @@ class SimulateConfig:
 
 
 class OneKernel(torch.autograd.Function):
-    """A GPU computes attention and a norm in one kernel each. With fake tensors a CPU would take
-    several steps, and we would count what lives between. This keeps for backward what those keep:
-    inputs, a number for each row (log-sum-exp, or scale), and attention also its output.
+    """A GPU computes attention, a norm and RoPE in one kernel each (the latter two compiled). With
+    fake tensors a CPU would take several steps, and we would count what lives between. Kept for
+    backward is what those keep: inputs, a number for each row (log-sum-exp, or scale), and from
+    attention its output; RoPE keeps nothing. Attention's backward needs room to work, as
+    FlashAttention 2's: a float32 sum for dq, and dk and dv for every query head.
     """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> Tensor:
-        out = torch.empty_like(inputs[0])  # (T, H, D) from q, k, v, or (T, C) from x, weight
+        out = torch.empty_like(inputs[0])  # (T, H, D) from q, k, v; (T, C) from x, weight; or x
         rows = out.new_empty(out.shape[:-1], dtype=torch.float32)  # (T, H) or (T,)
-        ctx.save_for_backward(*inputs, rows, *([out] if len(inputs) == 3 else []))
+        if len(inputs) > 1:
+            ctx.save_for_backward(*inputs, rows, *([out] if len(inputs) == 3 else []))
         ctx.inputs = len(inputs)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        return tuple(map(torch.empty_like, ctx.saved_tensors[:ctx.inputs]))
+        saved = ctx.saved_tensors
+        if len(saved) == 5:  # attention's: q, k, v, rows, out
+            _room = [grad.new_empty(grad.shape, dtype=dtype)
+                     for dtype in (torch.float32, grad.dtype, grad.dtype)]
+        gradients = tuple(map(torch.empty_like, saved[:ctx.inputs] or [grad]))
+        return gradients
 
 
 def simulate(config: SimulateConfig, **changes: Any) -> dict[str, Any]:
@@ -83,7 +92,8 @@ def simulate(config: SimulateConfig, **changes: Any) -> dict[str, Any]:
     from torch.distributed._tools.mem_tracker import MemTracker
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    options = MemoryOptions(config.loss_chunk_tokens, config.activations, config.mlp_tile_tokens)
+    options = MemoryOptions(config.loss_chunk_tokens, config.activations, config.mlp_tile_tokens,
+                            config.head_chunks)
     sp_size, dtype = config.seq_parallel_size or config.world_size, DTYPE
     shape = replace(llama.preset_config(config.model, 295), max_seq_len=config.seq, **changes)
     doc_lens = (config.seq // config.documents,) * config.documents
@@ -99,6 +109,7 @@ def simulate(config: SimulateConfig, **changes: Any) -> dict[str, Any]:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             stack.enter_context(patch.object(
                 nn.RMSNorm, "forward", lambda self, x: OneKernel.apply(x, self.weight)))
+            stack.enter_context(patch.object(llama, "apply_rope", lambda x, *_: OneKernel.apply(x)))
         with device:
             model = llama.Transformer(shape, "shapes" if config.fake_tensors else "auto")
         model.set_memory_options(options)

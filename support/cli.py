@@ -37,7 +37,7 @@ GROUPS = {  # of --help, for all commands: their options, what most people need 
             "tokenizer seed",
     "the step": "steps batch_tokens micro_batch_tokens lr rope_theta weight_decay clip reorder",
     "memory and speed": "dtype seq_parallel_size attention compile activations loss_chunk_tokens "
-                        "mlp_tile_tokens host_optimizer workers shard_tokens",
+                        "mlp_tile_tokens head_chunks host_optimizer workers shard_tokens",
     "evaluation and checkpoints": "eval eval_every samples per_context bpb_length save_every keep",
     "answers": "max_new_tokens temperature",
     "plan": "plan world_size",

@@ -1,23 +1,19 @@
-"""How much memory and time a training step takes: the arithmetic behind `train.py --plan`.
-
-docs/512K.md goes through an example.
-"""
+"""How much memory a training step takes: the arithmetic of `train.py --plan` (docs/512K.md)."""
 
 from __future__ import annotations
 
 import os
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from support.cli import choose, parse_length
+from support.cli import choose
 
 GPU_BYTES = 80e9  # an H100 80GB; CUDA and the allocator take some 5% of it
-FLOPS = 0.4 * 989e12  # 40% of its bfloat16 peak, which is hopeful (docs/512K.md)
 
 
 def count_weights(config: Any) -> tuple[int, int]:
@@ -26,6 +22,12 @@ def count_weights(config: Any) -> tuple[int, int]:
     block = config.dim * (heads * config.head_dim + 3 * config.ffn_dim + 2)
     tables = 1 if config.tie_embeddings else 2
     return block, config.dim * (config.vocab_size * tables + 1)
+
+
+def valid_seq_parallel_sizes(n_heads: int, n_kv_heads: int) -> list[int]:
+    """The P that Ulysses can use: query heads divide by P, and KV heads by P or P by them."""
+    return [p for p in range(1, n_heads + 1)
+            if n_heads % p == 0 and (n_kv_heads % p == 0 or p % n_kv_heads == 0)]
 
 
 def memory_per_rank(config: Any, options: Any, tokens: int, world_size: int, itemsize: int = 2,
@@ -56,8 +58,9 @@ def memory_per_rank(config: Any, options: Any, tokens: int, world_size: int, ite
     # What is in memory besides while a block's backward runs, and while the loss does.
     again = 0 if options.activations == "keep" else saved  # computed a second time
     in_mlp = again + 2 * b * C + tile * (3 * b * F + (mlp if tile < 1 else 0))
-    exchanged = 3 * b * (q_dim + 2 * kv_dim)
-    in_attention = min(again, attention) + 4 * b * C + exchanged
+    # Gradients of out, q, k, v, and FlashAttention 2's sums: float32 dq, dk and dv of each q head.
+    chunk_of_heads = (2 * b * (q_dim + kv_dim) + (4 + 2 * b) * q_dim) / options.head_chunks
+    in_attention = min(again, attention) + 2 * b * C + chunk_of_heads
     in_block = int(tokens * max(in_mlp, in_attention))
     chunk = min(options.loss_chunk_tokens or tokens, tokens)
     in_loss = chunk * config.vocab_size * (8 + 2 * b) + b * C * (3 * tokens + config.vocab_size)
@@ -101,15 +104,20 @@ def memory_gib(device: torch.device) -> float:
 
 
 def first_that_fits(choices: Sequence[Any], config: Any, shape: Any, tokens: int, world_size: int,
-                    itemsize: int, memory_bytes: float, device: str) -> tuple[Any, str]:
-    """The first options that leave a tenth of the memory free, else the last; and why."""
+                    itemsize: int, memory_bytes: float, device: str,
+                    sp_size: int = 1) -> tuple[Any, str]:
+    """What is asked for, else the first options that leave a tenth free, or the last; and why."""
     if device == "cpu" and (config.activations == "offload" or config.host_optimizer):
         raise ValueError("--activations offload and --host-optimizer move memory from a GPU to the "
                          "host, but this is the host; drop them")
-    for chosen in choices:
-        chosen = replace(chosen, loss_chunk_tokens=config.loss_chunk_tokens)
-        if config.mlp_tile_tokens is not None:
-            chosen = replace(chosen, mlp_tile_tokens=config.mlp_tile_tokens)
+    if config.activations != "auto":
+        choices = [replace(choices[0], activations=config.activations)]
+    elif device == "cpu":
+        choices = [option for option in choices if option.activations != "offload"]
+    asked = {"loss_chunk_tokens": config.loss_chunk_tokens, "head_chunks": config.head_chunks,
+             "mlp_tile_tokens": config.mlp_tile_tokens}
+    for chosen in allowed(choices, shape, sp_size):
+        chosen = replace(chosen, **{k: v for k, v in asked.items() if v is not None})
         needed = sum(memory_per_rank(shape, chosen, tokens, world_size, itemsize,
                                      config.host_optimizer).values())
         if needed < 0.9 * memory_bytes:
@@ -119,31 +127,34 @@ def first_that_fits(choices: Sequence[Any], config: Any, shape: Any, tokens: int
     return chosen, why + ("; it may not fit, see --plan" if needed > memory_bytes else "")
 
 
+def allowed(choices: Sequence[Any], shape: Any, sp_size: int) -> list[Any]:
+    """The options whose chunks of heads the model has, with an exchange and without."""
+    sizes = valid_seq_parallel_sizes(shape.n_heads, shape.n_kv_heads)
+    return [o for o in choices if {o.head_chunks, o.head_chunks * sp_size} <= set(sizes)]
+
+
 def in_words(options: Any) -> str:
     """What model.MemoryOptions keeps for the backward pass."""
     words = {"keep": "activations kept", "recompute": "blocks computed again for backward",
              "attention": "blocks but for attention computed again for backward",
              "offload": "blocks computed again for backward, their inputs on the host"}
-    logits, tiles = options.loss_chunk_tokens, options.mlp_tile_tokens
+    logits, tiles, chunks = options.loss_chunk_tokens, options.mlp_tile_tokens, options.head_chunks
     return (words[options.activations] + (f", logits {logits:,} tokens at a time" if logits else "")
-            + (f", MLPs {tiles:,} tokens at a time" if tiles else ""))
+            + (f", MLPs {tiles:,} tokens at a time" if tiles else "")
+            + (f", attention in {chunks} chunks of heads" if chunks > 1 else ""))
 
 
 def format_plan(config: Any, shape: Any, stage: Any, options: Sequence[Any], chosen: Any,
-                sp_size: int, world_size: int, document_flops: Callable[[int], float]) -> str:
-    """One stage: what each memory option leaves a rank to hold, what `chosen` does; and the time.
-
-    Documents are as long as the domains' names say; short ones have 900 tokens.
-    """
-    keep, attention, recompute, tiles, offload = options
-    table = {"everything kept, all logits at once": replace(keep, loss_chunk_tokens=0),
-             "recompute blocks, all logits at once": replace(recompute, loss_chunk_tokens=0),
-             "everything kept, logits in chunks": keep,
-             "recompute all but attention": attention,
-             "recompute blocks": recompute,
-             "and the MLP in tiles": tiles,
-             "and block inputs on the host": offload,
-             "and weights and Adam on the host": offload}
+                sp_size: int, world_size: int) -> str:
+    """One stage: what each memory option leaves a rank to hold, and what `chosen` does."""
+    options = allowed(options, shape, sp_size)
+    names = ("everything kept, logits in chunks", "recompute all but attention", "recompute blocks",
+             "and the MLP in tiles", "and block inputs on the host",
+             f"and attention in {options[-1].head_chunks} chunks of heads")
+    table = {"everything kept, all logits at once": replace(options[0], loss_chunk_tokens=0),
+             "recompute blocks, all logits at once": replace(options[2], loss_chunk_tokens=0),
+             **dict(zip(names, options, strict=False)),
+             "and weights and Adam on the host": options[-1]}
     tokens, most = stage.seq_len // sp_size, 0.95 * GPU_BYTES
     held = {name: sum(memory_per_rank(shape, option, tokens, world_size,
                                       host_optimizer="Adam" in name).values())
@@ -159,21 +170,4 @@ def format_plan(config: Any, shape: Any, stage: Any, options: Sequence[Any], cho
               for name, size in held.items()]
     lines += [f"  this command: {in_words(chosen)}"]
     lines += [f"    {name:<44} {size / 2**30:>8.1f}" for name, size in parts.items()]
-    lines += [f"    {'in all':<44} {total / 2**30:>8.1f}  {verdict}"]
-
-    flops = 0.0  # of a step
-    for domain, share in stage.mixture.items():
-        length = parse_length(domain.partition("-")[2] or 900)
-        documents = stage.batch_tokens / length * share / sum(stage.mixture.values())
-        flops += documents * document_flops(length)
-    seconds = flops / FLOPS / world_size
-    hours = stage.steps * seconds * world_size / 3600
-    heads = 2 * shape.n_heads + 2 * max(shape.n_kv_heads, sp_size)  # q and out, k and v
-    elements = shape.n_layers * tokens * shape.head_dim * heads
-    sent = 2 * 3 * elements * (sp_size - 1) / sp_size  # 2 bytes; forward, recomputed, backward
-    lines += [f"  a step of {stage.batch_tokens:,} tokens: {flops:.2e} FLOPs, {seconds:,.1f} s at "
-              f"{FLOPS / 1e12:.0f} TFLOP/s a GPU, "
-              f"{stage.batch_tokens / seconds / world_size:,.0f} tok/s each;",
-              f"  {stage.steps:,} steps: {hours:,.0f} GPU-hours; where a document lies on two "
-              f"ranks, each sends {sent / 1e9:.1f} GB a sequence"]
-    return "\n".join(lines)
+    return "\n".join([*lines, f"    {'in all':<44} {total / 2**30:>8.1f}  {verdict}"])

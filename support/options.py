@@ -26,6 +26,7 @@ class RunConfig:
     activations: str = option("auto", "keep, attention, recompute or offload; auto: what fits")
     loss_chunk_tokens: int = option(2048, "hold the logits of so many tokens; 0: of all", int)
     mlp_tile_tokens: int | None = option(None, "MLPs in tiles of so many tokens; 0: in one", int)
+    head_chunks: int | None = option(None, "exchange and attend to a rank's heads in N parts", int)
     host_optimizer: bool = option(False, "keep weights and Adam's moments in host memory")
     weight_decay: float = option(0.1, "AdamW's weight decay, on matrices", float)
     clip: float = option(1.0, "largest norm of the gradient", float)

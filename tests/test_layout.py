@@ -62,7 +62,7 @@ def test_the_five_files_are_an_afternoon():
     assert all(lines[name] <= most for name, most in BUDGETS.items()), lines
     assert sum(lines.values()) <= 3200, lines
     assert sum(path.stat().st_size for path in FILES) <= 160_000
-    assert count_lines(SUPPORT) <= 3200
+    assert count_lines(SUPPORT) <= 3260
     assert count_lines(list((ROOT / "tests").rglob("*.py"))) <= 7100
     for path in [*FILES, *SUPPORT]:
         assert max(map(len, path.read_text().splitlines()), default=0) <= 100, path

@@ -15,12 +15,12 @@ DOC_LENS = (5, 17, 1, 9, 9, 22)  # 63 tokens: no tile or chunk divides them
 OPTIONS = {
     "chunked loss": MemoryOptions(loss_chunk_tokens=10),
     "attention": MemoryOptions(0, "attention"),
-    "attention, tiles": MemoryOptions(10, "attention", 16),
+    "attention, tiles, chunks of heads": MemoryOptions(10, "attention", 16, 2),
     "recompute": MemoryOptions(0, "recompute"),
     "tiles": MemoryOptions(0, "keep", 16),
     "recompute, tiles": MemoryOptions(10, "recompute", 16),
     "offload": MemoryOptions(0, "offload"),
-    "all": MemoryOptions(10, "offload", 16),
+    "all": MemoryOptions(10, "offload", 16, 4),
 }
 
 
@@ -146,3 +146,5 @@ def test_each_option_saves_memory():
 def test_an_unknown_option_is_refused():
     with pytest.raises(ValueError, match="'disk' is unknown; choose one of keep, attention"):
         MemoryOptions(activations="disk")
+    with pytest.raises(ValueError, match=r"head_chunks=3; choose one of \[1, 2, 4\]"):
+        loss_and_gradients(MemoryOptions(head_chunks=3))

@@ -65,12 +65,15 @@ class Case:
     tied: bool = False
     micro_batches: int = 1
     trained: Callable[[int], slice] = lambda i: slice(None)  # sequence i -> its trained tokens
+    chunks: int = 1  # of heads
 
 
 CASES = {
     **{f"pack_{name}": Case((name,)) for name in PACKS},
     **{f"heads_{h}_{kv}": Case(("over_three",), heads=(h, kv))
        for h, kv in ((8, 8), (8, 4), (8, 1), (16, 8), (12, 2))},
+    **{f"chunks_{n}_{pack}": Case((pack,), heads=(16, 4), chunks=n)
+       for pack in ("over_three", "local") for n in (2, 4)},
     "tied": Case(tied=True),
     "three_micro_batches": Case(("odd", "local", "fills_all"), micro_batches=3, tied=True),
     "only_last_tokens_train": Case(trained=lambda i: slice(S - 6, S)),  # ranks without any label
@@ -82,7 +85,7 @@ CASES = {
 def grid_cases(world: int) -> list[tuple[str, str]]:
     """All (grid, case) of a world whose heads that many ranks can share."""
     return [(f"{dp}x{sp}", name) for dp, sp in GRIDS[world] for name, case in CASES.items()
-            if sp in llama.valid_seq_parallel_sizes(*case.heads)]
+            if sp * case.chunks in llama.valid_seq_parallel_sizes(*case.heads)]
 
 
 def make_model(heads: tuple[int, int] = (8, 2), tied: bool = False,
@@ -161,6 +164,7 @@ def compare_with_reference(case: Case, parallel: Parallel, per_batch: int = 1) -
     norm = torch.stack([g.norm() for g in gradients.values()]).norm()
 
     model = train.shard_model(make_model(case.heads, case.tied), parallel, torch.float64)
+    model.set_memory_options(llama.MemoryOptions(head_chunks=case.chunks))
     catcher = Catcher(model)
     batches = deal(sequences, parallel, per_batch)
     dealt = [s for ranks in arrange_step(sequences, parallel.dp_size, per_batch)

@@ -19,7 +19,9 @@ import eval as evaluation
 import model
 import sft
 import train
+from experiments import predictions
 from support import memory
+from support.speed import KERNELS
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -197,11 +199,14 @@ NVLINK, NETWORK = 450e9, 50e9  # bytes/s each way of an H100 (datasheet); of a 4
 PAPER_HOURS = {"64k": 2200, "512k": 12_200}  # Table 9
 PEAK, GIB, KIB = 989e12, 2**30, 2**10  # FLOP/s of an H100 in bfloat16 (datasheet)
 S, P, T, LAYERS = 524_288, 8, 524_288 // 8, SHAPE.n_layers
+PLANNED = re.compile(r"by (\w+): .*? FLOPs, ([\d.,]+) s, ([\d,]+) tok/s a GPU, MFU ([\d.]+%)")
+PLANS = ("--seq 64k --batch-tokens 512k", "--seq 512k", "--seq 1m", "--seq 5m")
 flops = functools.partial(model.flops_per_step, SHAPE)
 GIVEN = {  # shapes, powers, what FLOPs are made of, the plan's assumptions
     "2", "3", "4", "6", "7", "8", "9", "10", "12", "15", "30", "32", "64", "80", "128", "512",
     "900", "1,024", "2,048", "4,096", "8,192", "14,336", "65,536", "128,256", "524,288",
-    "1", "34.7", "21.4", "48324"}
+    "1", "5", "11", "16", "25", "600", "2.13", "2026", "2407.08608", "2602.21196",
+    "71.6", "61.6", "59.3"}  # counted tensors
 
 
 @functools.cache
@@ -232,18 +237,23 @@ def said_of_tokens() -> list[str]:
     rows = [(qkv, 2), (inputs / LAYERS, 1), (inputs, 1), (kept / LAYERS, 2), (kept, 1),
             (4 * T * SHAPE.vocab_size, 1), (logits_at_work(T), 1)]
     said = [f"| {size / T / KIB:,.0f} KiB | {size / GIB:.{n}f} GiB |" for size, n in rows]
+    one, two = (part("at work: a block's attention", activations="recompute", mlp_tile_tokens=1,
+                     loss_chunk_tokens=1, head_chunks=n) / T / KIB for n in (1, 2))
+    said += [f"is {2 * (one - two):.0f} KiB a token in all", f"needs {(one - two) / 2:.0f} KiB",
+             f"holds {10 * P * inputs / GIB:,.0f} GiB of block inputs"]  # 5M is 10 x 512K
     return [*said, f"| | {logits_at_work(T) * 2048 / T / GIB:.1f} GiB |",
             f"{S:,}² entries, {2 * S * S // GIB} GiB in bfloat16"]
 
 
 def said_of_the_plan() -> list[str]:
     printed = plan_of("--seq", "512k")
-    options = re.findall(r"^  (\w.* \d+\.\d  (?:fits|-))$", printed, re.M)
-    assert len(options) == 8
+    row = r"^  (\w.* \d+\.\d  (?:fits|-))$"
+    options = re.findall(row, printed, re.M) + re.findall(row, plan_of("--seq", "5m"), re.M)[-3:]
+    assert len(options) == 12
     part = dict(re.findall(r"^    (\w+).*? (\d+\.\d)$", printed, re.M))
     sent = float(re.search(r"each sends ([\d.]+) GB a sequence", printed)[1]) * 1e9
     a_layer = sent / 3 / LAYERS  # forward, again, backward
-    seconds = flops((S,)) / P / memory.FLOPS
+    seconds = float(re.search(r"a document of .*? FLOPs, ([\d.]+) s", printed)[1])
     wider = 4 * SHAPE.n_heads / (2 * (SHAPE.n_heads + SHAPE.n_kv_heads))
     return [*options, f"two blocks are {part['gathered']} GiB",
             f"weights and moments {part['weights']}, gathered {part['gathered']}, block inputs",
@@ -259,23 +269,24 @@ def said_of_time() -> list[str]:
     matmuls = (4 * flops((1,)) - flops((2,))) / 2  # of a n + b n²
     attention = flops((1,)) - matmuls
     one, eight = flops((S,)), flops((65_536,) * 8)
-    rate, seconds = memory.FLOPS, one / P / memory.FLOPS
     said = [f"| {data.format_length(n).upper()} | {matmuls:.2e} | {attention * n:.2e} | "
             f"{attention * n / matmuls:.2f} |" for n in (8192, 65_536, S)]
     said += [f"at {matmuls / attention:,.0f} tokens", f"is {one:.2e} FLOPs",
-             f"are {eight:.2e}: {one / eight:.1f} times less", f"{PEAK / 1e12:.0f} TFLOP/s",
-             f"{rate / PEAK:.0%} of that ({rate / 1e12:.0f})",
-             f"{seconds:.1f} s for the long document, {S / seconds / P:.0f} tokens/s each",
-             f"{eight / P / rate:.1f} s for the eight"]
-    planned = re.findall(r"stage (\w+):.*?FLOPs, ([\d.]+) s.*?([\d,]+) steps: ([\d,]+) GPU-hours",
-                         plan_of("--recipe", "prolong"), re.S)
+             f"are {eight:.2e}: {one / eight:.1f} times less", f"{PEAK / 1e12:.0f} TFLOP/s"]
+    said += [f"| {n} | {f / 1e12:.0f} | {b / 1e12:.0f} |" for n, (f, b) in KERNELS.items()]
+    for options in PLANS:
+        kernel, *rates = PLANNED.search(printed := plan_of(*options.split())).groups()
+        gib = re.search(r"in all +([\d.]+)  it fits", printed)[1]
+        said.append(f"| `{options}` | {kernel} | {gib} | {rates[0]} s | {rates[1]} | {rates[2]} |")
+    planned = re.findall(r"stage (\w+):.*?a step of.*? FLOPs, ([\d.]+) s.*?MFU ([\d.]+)%\s+([\d,]+)"
+                         r" steps: ([\d,]+) GPU-hours", plan_of("--recipe", "prolong"), re.S)
     said += [f"| {stage} | {steps} | {step_s} s | {hours} | {PAPER_HOURS[stage]:,} |"
-             for stage, step_s, steps, hours in planned]
+             for stage, step_s, _, steps, hours in planned]
     ours = [int(hours.replace(",", "")) for *_, hours in planned]
     theirs = [PAPER_HOURS[stage] for stage, *_ in planned]
-    share = [f"{a / b * rate / PEAK:.0%}" for a, b in zip(ours, theirs, strict=True)]
-    said += [f"ran at {share[0]} and {share[1]} of it", f"that is {sum(ours) / P / 24:.0f} days",
-             f"the paper's hours are {sum(theirs) / P / 24:.0f}"]
+    share = [f"{a / b * float(p[2]):.0f}%" for a, b, p in zip(ours, theirs, planned, strict=True)]
+    said += [f"ran at {share[0]} and {share[1]} of", f"that is {sum(ours) / P / 24:.0f} days",
+             f"the paper's hours are {sum(theirs) / P / 24:.0f}", *predictions.table().splitlines()]
     return [re.sub(r"e\+0?", "e", line) for line in said]
 
 
@@ -288,6 +299,12 @@ def test_512k_by_hand_is_what_the_code_says():
     known = GIVEN | set(re.findall(number, " ".join(said)))
     names = r"\]\([^)]*\)|`[^`]*`|\b[A-Za-z-]+\d[\w-]*"  # links, code, bfloat16, H100, Llama-3-8B
     assert not {n.rstrip(",") for n in re.findall(number, re.sub(names, "", text))} - known
+
+
+def test_the_readmes_speeds_are_the_plans():
+    rates = [PLANNED.search(plan_of(*options.split()))[3] for options in PLANS]
+    said = "{} tokens/s a GPU at 64K, {} at 512K, {} at 1M, and {} at 5M".format(*rates)
+    assert said in flat(section("What runs where"))
 
 
 def test_what_the_recipe_says_is_so():
