@@ -97,9 +97,9 @@ def simulate(config: SimulateConfig, **changes: Any) -> dict[str, Any]:
     sp_size, dtype = config.seq_parallel_size or config.world_size, DTYPE
     shape = replace(llama.preset_config(config.model, 295), max_seq_len=config.seq, **changes)
     doc_lens = (config.seq // config.documents,) * config.documents
-    os.environ |= {"RANK": "0", "WORLD_SIZE": str(config.world_size)}
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=config.world_size)
-    with ExitStack() as stack:
+    ranks = {"RANK": "0", "WORLD_SIZE": str(config.world_size)}
+    with patch.dict(os.environ, ranks), ExitStack() as stack:
         stack.callback(dist.destroy_process_group)
         parallel = llama.init_parallel(sp_size)
         device = torch.device("cpu") if config.fake_tensors else parallel.device
