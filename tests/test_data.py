@@ -690,7 +690,7 @@ def test_a_wrong_command_ends_in_one_line(args, tmp_path, monkeypatch, capsys):
         data.run_main(data.main)
     out, err = capsys.readouterr()
     assert (exit.value.code, out, err.count("\n")) == (2, "", 1)
-    assert re.match(r"data\.py: error: ", err)
+    assert re.match(r"data\.py( pack)?: error: ", err)
 
 
 def test_without_a_command_data_explains_itself(monkeypatch, capsys):
