@@ -70,7 +70,7 @@ def test_after_training_it_is_asked_little_within_its_context(folder, tmp_path):
     few = evaluation.plan_jobs(evaluation.EvalConfig(), data.tokenizer_for(folder), 4096)
     assert {(length, n) for _, length, n in few} == {(1024, 16), (4096, 16)}
     long = evaluation.plan_jobs(evaluation.EvalConfig(tasks="needle"), data.tokenizer_for(folder))
-    assert long == [("needle", 16_384, 200), ("needle", 65_536, 200)]
+    assert long == [("needle", 16_384, 100), ("needle", 65_536, 100)]
 
 
 def test_eval_warns_leaves_out_and_refuses(folder, tmp_path, monkeypatch, capsys):
