@@ -53,6 +53,7 @@ class SimulateConfig:
     loss_chunk_tokens: int = option(2048, "logits at a time; 0: all", length_or_0)
     mlp_tile_tokens: int = option(0, "tokens of a tile of the MLP; 0: no tiles", length_or_0)
     head_chunks: int = option(1, "attend to a rank's heads in so many parts", parse_length)
+    layers: int = option(0, "so many layers; 0: all", length_or_0)
     fake_tensors: bool = option(False, "compute nothing, only work out shapes and memory")
     steps: int = option(3, "steps to time (one more warms up)", parse_length)
     tiny: bool = option(False, "the tiny model, and a 64th of the tokens")
@@ -156,8 +157,9 @@ def main() -> None:
     cases = {way: replace(config, activations=way) for way in config.activations.split(",")}
     for way in cases:
         MemoryOptions(activations=way)  # raises ValueError if it is unknown
-    run_jobs({way: partial(simulate, case) for way, case in cases.items()}, Path(config.out),
-             communication="faked")
+    changes = {"n_layers": config.layers} if config.layers else {}
+    run_jobs({way: partial(simulate, case, **changes) for way, case in cases.items()},
+             Path(config.out), communication="faked")
 
 
 if __name__ == "__main__":
